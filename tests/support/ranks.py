@@ -37,8 +37,10 @@ class RankFailure(AssertionError):
     """One or more ranks raised, died or hung; the message holds what each of them printed."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-    """Calls `function(*args)` on every rank of a new gloo group and returns the results in rank order.
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, **kwargs: Any
+) -> list[Any]:
+    """Calls `function(*args, **kwargs)` on every rank of a new gloo group and returns the results in rank order.
 
     `function` may be a closure (ranks are forked); what it returns must be picklable. `RANK`, `WORLD_SIZE` and
     `LOCAL_RANK` are set as a launcher sets them.
@@ -54,7 +56,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         for rank in range(world_size):
             pid = os.fork()
             if pid == 0:
-                _child(rank, world_size, function, args, directory, timeout)
+                _child(rank, world_size, lambda: function(*args, **kwargs), directory, timeout)
             pids[pid] = rank
         codes = _wait(pids, timeout)
         failed = {rank: code for rank, code in codes.items() if code != 0}
@@ -63,9 +65,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         return [pickle.loads((directory / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _child(
-    rank: int, world_size: int, function: Callable[..., Any], args: tuple, directory: Path, timeout: float
-) -> None:
+def _child(rank: int, world_size: int, function: Callable[[], Any], directory: Path, timeout: float) -> None:
     code = 1
     try:
         stacks = (directory / f"stack-{rank}").open("w")
@@ -78,7 +78,7 @@ def _child(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout),
         )
-        result = function(*args)
+        result = function()
         (directory / f"result-{rank}").write_bytes(pickle.dumps(result))
         dist.destroy_process_group()
         code = 0

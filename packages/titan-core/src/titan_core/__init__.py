@@ -1,3 +1,3 @@
-"""PyTorch parallelism from a table of roles: meshes, FSDP2, HSDP and DDP, layout-independent initialisation, optimizers, schedules."""
+"""PyTorch parallelism from a table of roles, with initial weights, optimizers and schedules to match."""
 
 __version__ = "0.1.0"

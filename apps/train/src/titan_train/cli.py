@@ -1,0 +1,104 @@
+"""`titan-train`: reads the command line, checks it, and only then imports torch and trains."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from titan_train.config import TrainConfig
+from titan_train.config_file import read_config, to_json
+from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, builtin_modules, load_config
+from titan_train.validate import validate
+
+_DESCRIPTION = """\
+Trains a model. Start it with torchrun for more than one process:
+  torchrun --nproc-per-node 2 -m titan_train --parallel.dp-shard 2
+
+--module NAME    module of configurations: {modules}, an importable module, or a .py file (default {module})
+--config NAME    a function in it, or a run's config.json (default {config})
+--print-config   print the resolved configuration as JSON and stop
+"""
+
+_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `titan-train`; exits with 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Like `main`, but returns the exit code of everything except wrong usage."""
+    try:
+        chosen, rest = _first_stage(arguments)
+        config = resolve(_second_stage(load_config(chosen.module, chosen.config), rest))
+        validate(config, _world_size())
+        if chosen.print_config:
+            print(to_json(config), end="")
+            return 0
+    except ValueError as error:
+        _complain(error, on_rank=0)  # every rank was given the same command line
+        return _USAGE
+    try:
+        from titan_train.trainer import train
+
+        return train(config, name=_run_name(chosen.config))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except Exception as error:
+        _complain(error)
+        return _FAILED
+
+
+def _complain(error: Exception, on_rank: int | None = None) -> None:
+    """Prints what titan's own packages raise, which is written for the user; anything else keeps its traceback."""
+    if not type(error).__module__.startswith("titan_"):
+        raise error
+    rank = int(os.environ.get("RANK", "0"))
+    if type(error).__name__ == "MainRankError" or on_rank not in (None, rank):
+        return
+    who = f"titan-train (rank {rank})" if _world_size() > 1 and on_rank is None else "titan-train"
+    print(f"{who}: {error}", file=sys.stderr, flush=True)
+
+
+def _first_stage(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="titan-train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--module", default=DEFAULT_MODULE)
+    parser.add_argument("--config", default=DEFAULT_CONFIG)
+    parser.add_argument("--print-config", action="store_true")
+    return parser.parse_known_args(arguments)
+
+
+def _second_stage(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+    description = _DESCRIPTION.format(
+        modules=", ".join(builtin_modules()), module=DEFAULT_MODULE, config=DEFAULT_CONFIG
+    )
+    return tyro.cli(
+        type(config),
+        prog="titan-train",
+        description=description,
+        default=config,
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fills in what follows from elsewhere: the end of the decay is fixed by the run's first start."""
+    if config.schedule.total_steps is not None:
+        return config
+    first = Path(config.output, "config.json") if config.output else None
+    total = read_config(first).schedule.total_steps if first and first.is_file() else config.training.steps
+    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, total_steps=total))
+
+
+def _run_name(config: str) -> str:
+    return Path(config).resolve().parent.name if config.endswith(".json") else config
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,83 @@
+"""What a run computes, how it is laid out and where it writes. Imports no torch.
+
+The configuration has three parts. A field belongs to the part of its section unless its own metadata says otherwise
+(`{"part": "how"}`). Only the *what* is fingerprinted: change the *how* or the *where* and it is still the same run.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from titan_quant.config import MixedPrecision, QuantConfig
+
+from titan_ckpt.config import CheckpointConfig
+from titan_core.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from titan_data.config import DataConfig
+from titan_metrics.config import MetricsConfig
+from titan_models.config import DecoderConfig
+
+HOW = {"part": "how"}
+WHERE = {"part": "where"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The batch, the seed and the length of a run."""
+
+    seq_len: int = 256
+    """S: tokens in a sequence."""
+    global_batch_size: int = 16
+    """Sequences in a step, over all ranks."""
+    seed: int = 0
+    """Every random number follows from it: initial weights and the order of the data."""
+    micro_batch_size: int | None = field(default=None, metadata=HOW)
+    """Sequences a rank computes at one time; None: all of its share. Gradients are accumulated over the rest."""
+    steps: int = field(default=100, metadata=WHERE)
+    """Step to stop at; may be raised later (the decay ends at schedule.total_steps)."""
+    log_samples: bool = field(default=False, metadata=WHERE)
+    """Whether each rank writes the ids of the samples it reads to samples/rank-N.jsonl in the run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection(CheckpointConfig):
+    """Checkpoints, and what may differ when a run continues from one."""
+
+    allow_changes: bool = False
+    """Continue although what is computed differs from the checkpoint's configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    # -- What is computed. A change here is another experiment.
+
+    model: DecoderConfig
+    """The model's shape."""
+    data: DataConfig = DataConfig()
+    """Text, tokenizer and order."""
+    training: TrainingConfig = TrainingConfig()
+    """Batch, seed and length."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and clipping."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over the steps."""
+    precision: MixedPrecision = MixedPrecision()
+    """Dtypes of weights, computation and reduction."""
+    quant: QuantConfig = QuantConfig()
+    """Low-precision recipe."""
+
+    # -- How it is laid out. A change here leaves the loss curve as it is.
+
+    parallel: ParallelConfig = field(default=ParallelConfig(), metadata=HOW)
+    """Parallel degrees."""
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=HOW)
+    """Device to train on; auto: a GPU if there is one. AMD GPUs are `cuda` to PyTorch."""
+
+    # -- Where it writes, and how often.
+
+    output: str | None = field(default=None, metadata=WHERE)
+    """Run directory; a run that was started there before goes on. None: runs/<config>-<time>."""
+    checkpoint: CheckpointSection = field(default=CheckpointSection(), metadata=WHERE)
+    """Saving and resuming."""
+    metrics: MetricsConfig = field(default=MetricsConfig(), metadata=WHERE)
+    """What is logged, and where to."""

@@ -1,0 +1,137 @@
+"""Where a process finds itself: its device, its rank, the mesh, and how ranks agree with each other."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from titan_core.degrees import Degrees, resolve_degrees
+from titan_core.determinism import set_deterministic
+from titan_core.mesh import build_mesh, data_rank, sum_over
+from titan_train.config import TrainConfig
+
+T = TypeVar("T")
+
+
+class MainRankError(RuntimeError):
+    """Rank 0 raised an error, and says so itself; the other ranks only stop."""
+
+
+class DeviceError(RuntimeError):
+    """The device asked for is not there."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One process among `degrees.world_size`; `mesh` is None if it is the only one."""
+
+    device: torch.device
+    rank: int
+    degrees: Degrees
+    mesh: DeviceMesh | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's number among those that read different rows."""
+        return 0 if self.mesh is None else data_rank(self.mesh)
+
+    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums `tensor` in place over the ranks that read different rows."""
+        return tensor if self.mesh is None else sum_over(tensor, self.mesh)
+
+    def agree(self, numbers: Sequence[int]) -> list[int]:
+        """The sums of `numbers` over all ranks, on the CPU, so that no GPU waits; every rank gets the same."""
+        if self.mesh is None:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Calls `action` on rank 0 and returns its result, which must be picklable, on every rank.
+
+        Raises:
+            MainRankError: on the other ranks, if `action` raised on rank 0, which raises as it is.
+        """
+        return self._share(self.main_only(action))
+
+    def main_only(self, action: Callable[[], T]) -> T | None:
+        """Calls `action` on rank 0 and returns its result there, None elsewhere; raises as `on_main` does."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except Exception as raised:
+                error = raised
+        failed = self.agree([int(error is not None)])[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise MainRankError("Rank 0 failed; its message says why.")
+        return result
+
+    def _share(self, value: Any) -> Any:
+        if self.mesh is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def say(self, text: str) -> None:
+        """Prints `text` once, on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def device_name(self) -> str:
+        """What the vendor calls the device, or `cpu`."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+
+@contextlib.contextmanager
+def environment(config: TrainConfig) -> Iterator[Environment]:
+    """Picks the device, joins the other ranks, and leaves them at the end.
+
+    Raises:
+        DeviceError: if a GPU is asked for and there is none.
+    """
+    set_deterministic(config.parallel.deterministic)
+    device = _pick_device(config.device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    degrees = resolve_degrees(config.parallel, world_size)
+    if world_size == 1:
+        yield Environment(device, 0, degrees, None)
+        return
+    # Gloo beside nccl: the small numbers that ranks agree on stay on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Environment(device, dist.get_rank(), degrees, build_mesh(degrees, device.type))
+    finally:
+        dist.destroy_process_group()
+
+
+def _pick_device(wanted: str) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "--device cuda: PyTorch sees no GPU here (torch.cuda.is_available() is False); use --device cpu, or "
+            "install a driver and a CUDA or ROCm build of torch."
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise DeviceError(
+            f"Local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible; start at most as "
+            "many processes on a machine as it has GPUs."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

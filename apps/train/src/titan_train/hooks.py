@@ -1,0 +1,146 @@
+"""What a run may do beside training, as objects that the loop calls at named moments."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from titan_ckpt.checkpoint import Checkpoint
+from titan_metrics.memory import memory
+from titan_metrics.meter import Meter
+from titan_metrics.peaks import peak_flops
+from titan_metrics.sinks import Sinks, build_sinks
+from titan_models.facts import training_flops_per_token
+from titan_train.config import TrainConfig
+from titan_train.environment import Environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What the loop knows at the end of a step. Tensors are on the device; reading one waits for it."""
+
+    number: int
+    """The step, counted from 1."""
+    is_last: bool
+    """Whether the run ends or is interrupted with this step."""
+    loss: Tensor
+    """This rank's share of the mean loss over the global batch's tokens: a scalar."""
+    grad_norm: Tensor
+    """Global norm of the gradients before clipping: a scalar."""
+    lr: float
+    """Learning rate of the step."""
+    tokens: int
+    """Tokens in the step's global batch."""
+    total_tokens: int
+    """Tokens in all steps so far."""
+    epoch: float
+    """How often the data has been read."""
+    data_wait_seconds: float
+    """Time this rank waited for its batch."""
+    sample_ids: Tensor
+    """The windows this rank read: int64 [rows], -1 for padding."""
+
+
+class Hook:
+    """Does nothing at each of the loop's moments; a hook overrides those it cares for. Called on every rank alike."""
+
+    def end_step(self, step: Step) -> None:
+        """After the optimizer has stepped."""
+
+    def checkpoint_meta(self) -> dict[str, Any]:
+        """JSON values to be found again in a checkpoint; rank 0's count."""
+        return {}
+
+    def close(self) -> None:
+        """When the run ends, however it ends."""
+
+
+class LogMetrics(Hook):
+    """Logs the first, the last and every n-th step; rank 0 has the sinks, the others help to add up."""
+
+    def __init__(self, env: Environment, meter: Meter, sinks: Sinks | None, every: int) -> None:
+        self._env, self._meter, self._sinks, self._every = env, meter, sinks, every
+        self._first: int | None = None
+
+    def end_step(self, step: Step) -> None:
+        """Reads the step's tensors if it is to be logged, which waits for the device."""
+        self._meter.add(tokens=step.tokens, data_wait_seconds=step.data_wait_seconds)
+        first = self._first is None
+        self._first = step.number if first else self._first
+        if not (first or step.is_last or step.number % self._every == 0):
+            return
+        loss = self._env.sum_over_data(step.loss.clone()).item()
+        values: dict[str, float | int | str] = {
+            "loss": loss,
+            "grad_norm": step.grad_norm.item(),
+            "lr": step.lr,
+            "tokens": step.total_tokens,
+            "epoch": step.epoch,
+        }
+        values |= self._meter.read() | memory(self._env.device.type)
+        if self._sinks is not None:
+            self._sinks.log(step.number, values)
+
+    def checkpoint_meta(self) -> dict[str, Any]:
+        """The ids by which outside trackers know this run."""
+        return {"tracker_ids": dict(self._sinks.tracker_ids)} if self._sinks is not None else {}
+
+    def close(self) -> None:
+        """Closes the sinks."""
+        if self._sinks is not None:
+            self._sinks.close()
+
+
+class LogSamples(Hook):
+    """Writes the ids of the samples this rank reads, one JSON object a step."""
+
+    def __init__(self, run_directory: Path, rank: int) -> None:
+        folder = run_directory / "samples"
+        folder.mkdir(exist_ok=True)
+        self._file: IO[str] = (folder / f"rank-{rank}.jsonl").open("a")
+
+    def end_step(self, step: Step) -> None:
+        """Writes one line, at once."""
+        line: Mapping[str, object] = {"step": step.number, "sample_ids": step.sample_ids.tolist()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def build_hooks(config: TrainConfig, env: Environment, checkpoint: Checkpoint | None) -> list[Hook]:
+    """The hooks that `config` asks for; `checkpoint` is what the run goes on from."""
+    directory = Path(config.output or "")
+    hooks: list[Hook] = [_build_log_metrics(config, env, directory, checkpoint)]
+    if config.training.log_samples:
+        hooks.append(LogSamples(directory, env.rank))
+    return hooks
+
+
+def _build_log_metrics(
+    config: TrainConfig, env: Environment, directory: Path, checkpoint: Checkpoint | None
+) -> LogMetrics:
+    compute_dtype = config.precision.param_dtype or config.precision.master_dtype
+    given = config.metrics.peak_tflops
+    meter = Meter(
+        flops_per_token=training_flops_per_token(config.model, config.training.seq_len),
+        peak_flops=given * 1e12 if given else peak_flops(env.device_name(), compute_dtype),
+        devices=env.degrees.world_size,
+    )
+    sinks = env.main_only(
+        lambda: build_sinks(
+            config.metrics,
+            directory,
+            config.training.steps,
+            resume_step=checkpoint.step if checkpoint else None,
+            tracker_ids=checkpoint.meta["tracker_ids"] if checkpoint else None,
+            run_config=dataclasses.asdict(config),
+        )
+    )
+    return LogMetrics(env, meter, sinks, config.metrics.log_every)

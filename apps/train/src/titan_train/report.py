@@ -1,0 +1,72 @@
+"""What a run tells the person who started it: an overview before, an ending and what to try next after."""
+
+from titan_core.degrees import Degrees
+from titan_models.facts import parameter_count
+from titan_train.config import TrainConfig
+
+
+def overview(
+    config: TrainConfig,
+    degrees: Degrees,
+    *,
+    device: str,
+    data: str,
+    rows: int,
+    micro_batch_size: int,
+    gradient_bytes: int,
+) -> str:
+    """The run in a few lines: model, data, batch and layout, and where it writes."""
+    batch, seq_len = config.training.global_batch_size, config.training.seq_len
+    micro_batches = -(-rows // micro_batch_size)
+    padding = rows * degrees.dp - batch
+    lines = [
+        f"model {parameter_count(config.model):,} parameters, {config.model.layers} layers of width {config.model.dim}",
+        data,
+        f"batch {batch} sequences of {seq_len} tokens = {batch * seq_len:,} tokens a step; on each rank "
+        f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of up to {micro_batch_size}",
+        f"layout {_layout(degrees)} on {device}",
+        f"run directory {config.output}",
+    ]
+    if padding:
+        share = padding / (rows * degrees.dp)
+        lines.append(
+            f"note: {degrees.dp} data-parallel ranks do not divide {batch} sequences; {padding} of {rows * degrees.dp} "
+            f"rows a step are padding, {share:.0%} of the work is wasted"
+        )
+    if gradient_bytes:
+        lines.append(
+            f"note: gradients are reduced with the last micro-batch only, which keeps "
+            f"{gradient_bytes / 2**20:,.0f} MiB of whole gradients on each rank (parallel.grad_sync)"
+        )
+    return "\n".join(lines)
+
+
+def ending(config: TrainConfig, step: int, steps: int, seconds: float) -> str:
+    """What was done, where it is, and what to try next."""
+    where = config.output
+    done = f"{steps} steps in {seconds:,.1f} s"
+    if step < config.training.steps:
+        return (
+            f"Interrupted after step {step} of {config.training.steps} ({done}). Start it again with --output {where} "
+            "and it goes on from there."
+        )
+    return (
+        f"Finished step {step} ({done}). Metrics are in {where}/metrics.jsonl, weights in {where}/checkpoints.\n"
+        f"Try next: --output {where} --training.steps {2 * step} trains this model for longer, --data.source FOLDER "
+        "reads your own text or JSONL, and torchrun --nproc-per-node 2 -m titan_train shares the work of two processes."
+    )
+
+
+def already_finished(config: TrainConfig, step: int) -> str:
+    """Why nothing is left to do."""
+    return (
+        f"This run is finished: {config.output} holds a checkpoint of step {step}, and training.steps is "
+        f"{config.training.steps}. Raise --training.steps to train for longer."
+    )
+
+
+def _layout(degrees: Degrees) -> str:
+    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+    used = [f"{name} {getattr(degrees, name)}" for name in names if getattr(degrees, name) > 1]
+    ranks = "one process" if degrees.world_size == 1 else f"{degrees.world_size} ranks"
+    return f"{ranks}: {' x '.join(used)}" if used else ranks

@@ -1,0 +1,215 @@
+"""The story of a run: build, restore, loop.
+
+A model is built on the meta device, laid out, given memory and weights, and an optimizer; then the newest checkpoint,
+if there is one, is read into them. Each step reads its rows of a global batch, accumulates the gradients of the mean
+loss over that batch's tokens, clips them and steps. Whatever decides how a run goes on follows from numbers that all
+ranks share.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_ckpt.checkpointer import Checkpointer
+from titan_core.clip import clip_gradients
+from titan_core.init import init_parameters, materialize
+from titan_core.optim import ModelState, OptimizerState, build_adamw, set_lr
+from titan_core.parallelize import parallelize
+from titan_core.rng import RngState
+from titan_core.roles import resolve_roles
+from titan_core.schedule import lr_factor
+from titan_data.dataset import TokenDataset, open_dataset
+from titan_data.loader import Batch, BatchLoader
+from titan_quant.policy import resolve_dtypes
+from titan_quant.recipes import nvidia_capability, resolve_recipe
+from titan_train import report
+from titan_train.config import TrainConfig
+from titan_train.config_file import to_json
+from titan_train.environment import Environment, environment
+from titan_train.hooks import Hook, Step, build_hooks
+from titan_train.interrupt import Interrupt
+from titan_train.parts import fingerprint, what_of
+from titan_train.resume import Progress, find_checkpoint
+from titan_train.run_directory import RunDirectory, default_directory
+from titan_train.validate import check_vocabulary
+
+IGNORED = -100  # the label of a token without loss
+
+_FINISHED, _INTERRUPTED = 0, 130
+
+
+def train(config: TrainConfig, *, name: str) -> int:
+    """Trains as a validated `config` says, on from where its run directory left off; returns the exit code.
+
+    `name` names the run directory if the configuration does not.
+    """
+    with environment(config) as env, contextlib.ExitStack() as cleanup:
+        path = env.on_main(lambda: Path(config.output) if config.output else default_directory(name))
+        config = dataclasses.replace(config, output=str(path))
+        directory = RunDirectory(path)
+        env.on_main(directory.claim)
+        cleanup.callback(directory.release)
+        dataset = open_dataset(config.data, progress=env.say)
+        check_vocabulary(config, dataset.vocab_size)
+
+        what = what_of(config, dataset.fingerprint)
+        checkpointer = Checkpointer(
+            path / "checkpoints",
+            keep_latest=config.checkpoint.keep_latest,
+            verify_hashes=config.checkpoint.verify_hashes,
+            report=env.say,
+        )
+        checkpoint = find_checkpoint(config, checkpointer, what)
+        if checkpoint is not None and checkpoint.step >= config.training.steps:
+            env.say(report.already_finished(config, checkpoint.step))
+            return _FINISHED
+        env.on_main(lambda: directory.write_config(config))
+
+        trainer = Trainer(config, env, dataset, what)
+        if checkpoint is not None:
+            checkpointer.load(checkpoint, trainer.state, per_rank=trainer.per_rank_state)
+            env.say(f"Resumed from {checkpoint.path}, after step {checkpoint.step}.")
+        hooks = build_hooks(config, env, checkpoint)
+        for hook in hooks:
+            cleanup.callback(hook.close)
+        return trainer.run(checkpointer, hooks)
+
+
+class Trainer:
+    """A built run: model, optimizer, data and counters, and the loop over them."""
+
+    def __init__(self, config: TrainConfig, env: Environment, dataset: TokenDataset, what: dict[str, Any]) -> None:
+        self.config, self.env, self.dataset, self.what = config, env, dataset, what
+        dtypes = resolve_dtypes(config.precision)
+        resolve_recipe(config.quant.recipe, nvidia_capability(env.device.type), env.device.type)
+
+        with torch.device("meta"):
+            self.model = config.model.build().to(dtypes.master)
+        roles = resolve_roles(self.model, config.model.roles())
+        self.layout = parallelize(
+            self.model, roles, env.mesh, config.parallel, param_dtype=dtypes.param, reduce_dtype=dtypes.reduce
+        )
+        materialize(self.model, env.device)
+        init_parameters(self.model, config.model.init_rules(), config.training.seed)
+        self.optimizer = build_adamw(self.model, roles, config.optimizer)
+
+        batch = config.training.global_batch_size
+        rows = -(-batch // env.degrees.dp)  # rounded up: the last ranks pad
+        self.micro_batch_size = min(config.training.micro_batch_size or rows, rows)
+        self.loader = BatchLoader(
+            dataset,
+            seq_len=config.training.seq_len,
+            global_batch_size=batch,
+            seed=config.training.seed,
+            shuffle=config.data.shuffle,
+            confine_attention=config.data.confine_attention,
+            rank=env.data_rank,
+            rows=rows,
+            prefetch=config.data.prefetch,
+        )
+        self.progress = Progress()
+        self.state = {
+            "model": ModelState(self.model),
+            "optimizer": OptimizerState(self.optimizer, self.model),
+            "data": self.loader,
+            "progress": self.progress,
+        }
+        self.per_rank_state = {"rng": RngState()}
+        env.say(
+            report.overview(
+                config,
+                env.degrees,
+                device=env.device_name(),
+                data=dataset.describe(),
+                rows=rows,
+                micro_batch_size=self.micro_batch_size,
+                gradient_bytes=self.layout.gradient_bytes(),
+            )
+        )
+
+    def run(self, checkpointer: Checkpointer, hooks: Sequence[Hook]) -> int:
+        """Steps until `training.steps` or an interrupt, saving on the way; returns the exit code."""
+        total, every = self.config.training.steps, self.config.checkpoint.every
+        started_at, started = self.progress.step, time.perf_counter()
+        with Interrupt() as interrupt, contextlib.closing(self.loader):
+            while self.progress.step < total:
+                step = self.step(stop=interrupt.requested)
+                for hook in hooks:
+                    hook.end_step(step)
+                if self.config.checkpoint.enabled and (step.is_last or (every and step.number % every == 0)):
+                    self.save(checkpointer, hooks)
+                if step.is_last:
+                    break
+        steps, seconds = self.progress.step - started_at, time.perf_counter() - started
+        self.env.say(report.ending(self.config, self.progress.step, steps, seconds))
+        return _FINISHED if self.progress.step >= total else _INTERRUPTED
+
+    def step(self, *, stop: bool = False) -> Step:
+        """One optimizer step on the next global batch; `stop` asks all ranks to end with it."""
+        number = self.progress.step + 1
+        waiting = time.perf_counter()
+        batch = next(self.loader)
+        waited = time.perf_counter() - waiting
+        # One small exchange carries all that ranks must agree on before the step.
+        valid, stops = self.env.agree([int((batch["labels"] != IGNORED).sum()), int(stop)])
+
+        loss = self._accumulate(batch, valid)
+        grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        lr = self.config.optimizer.lr * lr_factor(self.config.schedule, number)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        tokens = self.config.training.global_batch_size * self.config.training.seq_len
+        self.progress.advance(tokens)
+        return Step(
+            number=number,
+            is_last=number >= self.config.training.steps or stops > 0,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=tokens,
+            total_tokens=self.progress.tokens,
+            epoch=self.loader.epoch,
+            data_wait_seconds=waited,
+            sample_ids=batch["sample_ids"],
+        )
+
+    def _accumulate(self, batch: Batch, valid: int) -> Tensor:
+        """Adds up gradients of the mean loss over `valid` tokens; returns this rank's share of that loss."""
+        self.layout.begin_step()
+        pieces = {name: tensor.split(self.micro_batch_size) for name, tensor in batch.items()}
+        count = len(pieces["tokens"])
+        loss = torch.zeros((), device=self.env.device, dtype=torch.float64)
+        for i in range(count):
+            tokens, positions, documents, labels = (
+                pieces[name][i].to(self.env.device, non_blocking=True)
+                for name in ("tokens", "positions", "document_ids", "labels")
+            )
+            confined = documents if self.config.data.confine_attention else None
+            with self.layout.micro_batch(last=i == count - 1):
+                part = self.model(tokens, positions, confined, labels) / max(valid, 1)
+                part.backward()
+            loss += part.detach()
+        return loss
+
+    def save(self, checkpointer: Checkpointer, hooks: Sequence[Hook]) -> None:
+        """Writes a checkpoint of the state after the last step, with all that a model needs to be used alone."""
+        meta = {"fingerprint": fingerprint(self.what), "what": self.what, "tokens": self.progress.tokens}
+        for hook in hooks:
+            meta |= hook.checkpoint_meta()
+        files = {"config.json": to_json(self.config).encode(), "model.json": to_json(self.config.model).encode()}
+        folder = checkpointer.save(
+            self.progress.step,
+            self.state,
+            per_rank=self.per_rank_state,
+            meta=meta,
+            files=files | dict(self.dataset.tokenizer.files),
+        )
+        self.env.say(f"Saved {folder}")

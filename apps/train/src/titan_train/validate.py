@@ -1,0 +1,87 @@
+"""Every rule that spans fields, checked before torch is imported or a process group starts."""
+
+import difflib
+import platform
+
+from titan_core.degrees import degree_problems, resolve_degrees
+from titan_train.config import TrainConfig
+
+_PLATFORMS = ("Linux", "Darwin")
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run; the message lists every problem with its remedy."""
+
+
+def problems(config: TrainConfig, world_size: int) -> list[str]:
+    """Why `config` cannot run on `world_size` ranks: one sentence each, with a remedy; empty if it can."""
+    return [
+        *_platform_problems(),
+        *config.model.problems(),
+        *config.precision.problems(),
+        *config.quant.problems(),
+        *config.schedule.problems(),
+        *config.metrics.problems(),
+        *_training_problems(config),
+        *_batch_problems(config, world_size),
+    ]
+
+
+def validate(config: TrainConfig, world_size: int) -> None:
+    """Raises `ConfigError` with all problems at once, if there are any."""
+    if found := problems(config, world_size):
+        listed = "".join(f"\n  - {problem}" for problem in found)
+        raise ConfigError(f"This configuration cannot run on {_ranks(world_size)}:{listed}")
+
+
+def check_vocabulary(config: TrainConfig, tokenizer_size: int) -> None:
+    """Raises `ConfigError` if the tokenizer has ids that the model has no row for."""
+    if tokenizer_size > config.model.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {tokenizer_size} entries, but model.vocab_size is {config.model.vocab_size}; set "
+            f"--model.vocab-size {tokenizer_size} or more, or choose another --data.tokenizer."
+        )
+
+
+def _platform_problems() -> list[str]:
+    if platform.system() in _PLATFORMS:
+        return []
+    return [f"{platform.system()} is not supported; use Linux or macOS (on Windows: WSL 2)."]
+
+
+def _training_problems(config: TrainConfig) -> list[str]:
+    training, found = config.training, []
+    least = {"seq_len": 1, "global_batch_size": 1, "steps": 1, "micro_batch_size": 1}
+    for name, lowest in least.items():
+        value = getattr(training, name)
+        if value is not None and value < lowest:
+            found.append(f"training.{name} is {value}; it must be at least {lowest}.")
+    total = config.schedule.total_steps
+    if total is not None and config.schedule.warmup_steps > total:
+        found.append(
+            f"schedule.warmup_steps {config.schedule.warmup_steps} is more than schedule.total_steps {total}; the "
+            "learning rate would never reach its peak."
+        )
+    known = ("norm", "embedding", "bias", "colwise", "rowwise", "head")
+    for role in config.optimizer.no_decay:
+        if role not in known:
+            close = difflib.get_close_matches(role, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            found.append(f"optimizer.no_decay names the unknown role {role!r}{hint} Known: {', '.join(known)}.")
+    return found
+
+
+def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
+    if found := degree_problems(config.parallel, world_size):
+        return found
+    batch, dp = config.training.global_batch_size, resolve_degrees(config.parallel, world_size).dp
+    if batch < dp:
+        return [
+            f"training.global_batch_size {batch} is smaller than the {dp} data-parallel ranks (dp_replicate x "
+            f"dp_shard), so some would have nothing to read; raise it to {dp} or more, or start fewer ranks."
+        ]
+    return []
+
+
+def _ranks(world_size: int) -> str:
+    return "1 rank" if world_size == 1 else f"{world_size} ranks"

@@ -1,0 +1,123 @@
+"""Every check and test of the repository: `uvx nox` runs them all, `uvx nox -l` lists them.
+
+lint           style, types, walls between packages, declared dependencies, spelling
+packages       each package and app alone: its wheel, its declared dependencies, its own tests
+wheels         all wheels together: versions that refuse each other fail here
+together       what needs several packages: real runs in one process and many
+slow           long sweeps, not part of the default
+gpu_tests      a member's tests on a GPU; without one they fail rather than skip
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PACKAGES = ("titan-core", "titan-models", "titan-data", "titan-ckpt", "titan-quant", "titan-metrics")
+APPS = ("titan-train", "titan-convert")
+FOLDERS = {name: ROOT / "packages" / name for name in PACKAGES} | {
+    name: ROOT / "apps" / name.removeprefix("titan-") for name in APPS
+}
+# The packages that an app is built from; a package stands alone.
+NEEDS = {"titan-train": PACKAGES, "titan-convert": ("titan-ckpt", "titan-models")}
+
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "packages", "wheels", "together"]
+
+if sys.platform not in ("linux", "darwin"):
+    sys.exit(f"titan is tested on Linux and macOS, not on {sys.platform}; on Windows use WSL 2.")
+
+# pip reads PIP_FIND_LINKS, uv reads UV_FIND_LINKS: a folder of wheels that serves one shall serve the other.
+if links := os.environ.get("PIP_FIND_LINKS"):
+    os.environ.setdefault("UV_FIND_LINKS", ",".join(links.split()))
+os.environ.setdefault("UV_CONSTRAINT", str(ROOT / "constraints.txt"))
+
+# Writing bytecode makes importing torch twice as fast, and tests start many processes.
+TEST_ENV = {"PYTHONDONTWRITEBYTECODE": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def build_wheels(session: nox.Session, *names: str) -> list[str]:
+    """Builds the members' wheels and returns their paths: never bare names, which a public index might answer."""
+    folder = Path(session.create_tmp()) / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in names:
+        session.run("uv", "build", "--quiet", "--wheel", "--out-dir", str(folder), str(FOLDERS[name]), external=True)
+    return sorted(str(path) for path in folder.glob("*.whl"))
+
+
+def install_member(session: nox.Session, name: str) -> None:
+    """Installs a member's wheel with what it declares, and its test dependencies; nothing else."""
+    session.install(*build_wheels(session, name, *NEEDS.get(name, ())))
+    session.install("--group", f"{FOLDERS[name] / 'pyproject.toml'}:test")
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Runs pytest on installed packages, from the repository's root so that its settings count."""
+    session.run("pytest", "--durations=5", "--quiet", *arguments, *session.posargs, env=TEST_ENV)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Checks style, types, imports and spelling without running any of our code."""
+    session.install(*(str(FOLDERS[name]) for name in (*PACKAGES, *APPS)))
+    session.install("--group", "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("codespell", *PATHS_TO_SPELL)
+    session.run("lint-imports")
+    session.run("pyrefly", "check")
+    for name, folder in FOLDERS.items():
+        ours = ",".join(n.replace("-", "_") for n in (*PACKAGES, *APPS) if n != name)
+        with session.chdir(folder):
+            session.run("deptry", "src", "--known-first-party", ours, "--ignore", "DEP002", silent=True)
+
+
+PATHS_TO_SPELL = ("README.md", "CONTRIBUTING.md", "noxfile.py", "packages", "apps", "tests", "benchmarks", "scripts")
+
+
+@nox.session
+@nox.parametrize("member", [nox.param(name, id=name) for name in (*PACKAGES, *APPS)])
+def packages(session: nox.Session, member: str) -> None:
+    """Tests one member alone, in an environment that has only what it declares."""
+    install_member(session, member)
+    pytest(session, "-m", "not slow and not gpu", str(FOLDERS[member] / "tests"))
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Installs all wheels together, so that version ranges which refuse each other fail."""
+    session.install(*build_wheels(session, *PACKAGES, *APPS))
+    session.run("uv", "pip", "check", external=True)
+    session.run("titan-train", "--print-config", silent=True)
+    session.run("titan-convert", "--help", silent=True)
+
+
+@nox.session
+def together(session: nox.Session) -> None:
+    """Tests that need several packages: layouts, resume, the command line, the README."""
+    session.install(*build_wheels(session, *PACKAGES, *APPS))
+    session.install("--group", "test")
+    pytest(session, "-m", "not slow and not gpu", "tests")
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Runs the long sweeps of all members and of `tests`."""
+    session.install(*build_wheels(session, *PACKAGES, *APPS))
+    session.install("--group", "test")
+    for name in (*PACKAGES, *APPS):
+        session.install("--group", f"{FOLDERS[name] / 'pyproject.toml'}:test")
+    pytest(session, "-m", "slow", "tests", *(str(folder / "tests") for folder in FOLDERS.values()))
+
+
+@nox.session
+@nox.parametrize("member", [nox.param(name, id=name) for name in (*PACKAGES, *APPS)])
+def gpu_tests(session: nox.Session, member: str) -> None:
+    """Runs one member's GPU tests; a machine without a GPU fails."""
+    install_member(session, member)
+    session.run("python", "-c", "import torch; assert torch.cuda.is_available(), 'this machine has no GPU'")
+    pytest(session, "-m", "gpu", str(FOLDERS[member] / "tests"))

@@ -1,0 +1,55 @@
+"""The gradient's global norm, the same number on every layout, and clipping by it."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from titan_core.shards import is_dtensor, local
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients together: a scalar in at least float32, equal on all ranks.
+
+    Each element counts once: squares are summed over the mesh dimensions along which a gradient is cut, and not
+    over those along which it is replicated.
+    """
+    parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parts[_groups(parameter.grad)].append(local(parameter.grad))
+    squares = []
+    for groups, gradients in parts.items():
+        wide = torch.promote_types(gradients[0].dtype, torch.float32)
+        square = torch.stack([torch.linalg.vector_norm(g, dtype=wide) for g in gradients]).square().sum()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def _groups(gradient: Tensor) -> tuple[ProcessGroup, ...]:
+    """The groups of ranks that hold different parts of `gradient`."""
+    if not is_dtensor(gradient):
+        return ()
+    mesh, placements = gradient.device_mesh, gradient.placements
+    return tuple(mesh.get_group(i) for i, p in enumerate(placements) if p.is_shard() and mesh.size(i) > 1)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales all gradients by min(1, max_norm / norm) without waiting for the device; returns the norm before.
+
+    `max_norm` 0 leaves the gradients as they are.
+    """
+    parameters = list(parameters)
+    norm = gradient_norm(parameters)
+    if max_norm > 0:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(factor)
+    return norm

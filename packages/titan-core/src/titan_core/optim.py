@@ -1,0 +1,103 @@
+"""AdamW with weight decay by role, and optimizer state keyed by parameter name."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from titan_core.config import OptimizerConfig
+from titan_core.roles import role_of_parameter
+
+
+def build_adamw(model: nn.Module, roles: Mapping[str, str], config: OptimizerConfig) -> Optimizer:
+    """AdamW (arXiv 1711.05101, algorithm 2) in two groups, with and without weight decay; fused where possible.
+
+    `roles` as `resolve_roles` returns them.
+    """
+    decayed, others = [], []
+    for fqn, parameter in model.named_parameters():
+        role = "bias" if fqn.endswith(".bias") else role_of_parameter(fqn, roles)
+        (others if role in config.no_decay else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in model.parameters()),
+    )
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class ModelState:
+    """A model's parameters and persistent buffers under their names; a shared parameter appears once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """FQN -> tensor; the tensors are the model's own."""
+        persistent = self._model.state_dict(keep_vars=True).keys()
+        buffers = {name: b for name, b in self._model.named_buffers() if name in persistent}
+        return {name: p.detach() for name, p in self._model.named_parameters()} | buffers
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies `state` into the model's tensors."""
+        own = self.state_dict()
+        for name, tensor in state.items():
+            if own[name] is not tensor:
+                own[name].copy_(tensor)
+
+
+class OptimizerState:
+    """An optimizer's state under `<parameter name>.<state name>`, so that it does not know about the layout."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+        self._optimizer = optimizer
+        self._model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`<FQN>.<state name>` -> tensor; creates the state of an optimizer that has not stepped yet."""
+        if not self._optimizer.state:
+            _create_state(self._optimizer)
+        return {f"{fqn}.{name}": tensor for fqn, name, tensor in self._entries()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies `state` into the optimizer's tensors."""
+        for key, own in self.state_dict().items():
+            if own is not state[key]:
+                own.copy_(state[key])
+
+    def _entries(self) -> Iterator[tuple[str, str, Tensor]]:
+        for fqn, parameter in self._model.named_parameters():
+            for name, value in self._optimizer.state.get(parameter, {}).items():
+                yield fqn, name, value
+
+
+def _create_state(optimizer: Optimizer) -> None:
+    """Lets an optimizer create its state without moving a parameter: a step at learning rate 0, then all zeros."""
+    settings: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        settings.append({"lr": group["lr"], "weight_decay": group["weight_decay"]})
+        group.update(lr=0.0, weight_decay=0.0)
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()

@@ -1,0 +1,64 @@
+"""Grouped-query self-attention, causal and confined to documents."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_models.config import DecoderConfig
+from titan_models.rope import apply_rope
+
+
+class Attention(nn.Module):
+    """Projects to queries, keys and values, turns queries and keys by their positions, attends, projects back.
+
+    The numbers of heads are read from the activations, not from the configuration: a module that holds a part
+    of the heads works as it is.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.wq = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.sdpa = DotProductAttention()
+        self.wo = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, document_ids: Tensor | None) -> Tensor:
+        """`x` [B, S, D] -> [B, S, D]; `rope` is the table of `rope_table` for `positions` [B, S]."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        mixed = self.sdpa(apply_rope(q, rope), apply_rope(k, rope), v, positions, document_ids)
+        return self.wo(mixed.flatten(-2))
+
+
+class DotProductAttention(nn.Module):
+    """Softmax attention over earlier tokens of the same document; the part that other kernels may replace."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Mixes `v` [B, S, K, H] by the similarity of `q` [B, S, N, H] and `k` [B, S, K, H]; N is a multiple of K.
+
+        `document_ids` [B, S] int64: a token sees earlier tokens with its own id; None: each row is one document.
+        `positions` [B, S] are for kernels that need them; this one relies on the order of the row.
+        Returns [B, S, N, H].
+        """
+        mask = None if document_ids is None else document_mask(document_ids)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return mixed.transpose(1, 2)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Which token may see which: [B, 1, S, S] bool, true for earlier tokens of the same document.
+
+    `document_ids`: [B, S] int64.
+    """
+    length = document_ids.shape[1]
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    return (same & causal)[:, None]

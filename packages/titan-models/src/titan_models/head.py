@@ -1,0 +1,75 @@
+"""The last layer: logits, or directly the loss, without the logits of all tokens in memory at one time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100  # the label of a token that carries no loss, as in torch.nn.functional.cross_entropy
+
+
+class Head(nn.Module):
+    """A linear layer onto the vocabulary that can compute the cross-entropy itself."""
+
+    def __init__(self, dim: int, vocab_size: int, chunk_tokens: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] of `hidden` [B, S, D]; with `labels` [B, S] int64 the summed loss instead.
+
+        The loss is a scalar in at least float32: the sum over tokens whose label is not -100. Divide it by the
+        number of such tokens in the global batch.
+        """
+        if labels is None:
+            return hidden @ self.weight.T
+        return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), self.weight, labels.flatten(), self.chunk_tokens)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy that computes its gradients in the forward pass, one chunk of tokens at a time.
+
+    The gradient of a softmax needs the logits once more. Computing it while they are at hand costs the same
+    three matrix products as the usual way and stores a [T, D] gradient where the usual way stores [T, V] logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Summed in at least float32: chunks rounded to bfloat16 one by one would lose what a single product keeps.
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            loss_rows, grad_logits = _cross_entropy(hidden[rows] @ weight.T, labels[rows], wide)
+            loss += loss_rows
+            grad_logits = grad_logits.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if grad_weight is not None and grad_weight.dtype == weight.dtype:
+                grad_weight.addmm_(grad_logits.T, hidden[rows])
+            elif grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # In place: the saved gradients belong to this call alone, and a copy of a vocabulary's weights is large.
+        grad_hidden, grad_weight = (None if grad is None else grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The summed loss of `logits` [T, V] and its gradient [T, V], in `dtype`; overwrites what it can."""
+    logits = logits.to(dtype)
+    counts = labels != IGNORED
+    index = labels.where(counts, 0)[:, None]
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    loss = ((log_sum - logits.gather(1, index))[:, 0] * counts).sum()
+    grad = logits.sub_(log_sum).exp_()
+    grad.scatter_add_(1, index, grad.new_full((), -1.0).expand_as(index))
+    return loss, grad.mul_(counts[:, None])
