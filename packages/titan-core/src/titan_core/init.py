@@ -7,7 +7,7 @@ it owns, so no large parameter is ever whole in memory, and any layout starts fr
 import hashlib
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -55,12 +55,16 @@ def init_parameters(model: nn.Module, rules: Mapping[str, tuple[str, float]], se
     """
     parameters = dict(model.named_parameters())
     chosen = {fqn: _rule(fqn, rules) for fqn in parameters}
-    # The generators release the interpreter's lock; ranks on one machine share its processors.
+    # NumPy's generators release the interpreter's lock; ranks on one machine share its processors.
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with ThreadPoolExecutor(min(threads, 16)) as pool:
-        done = [pool.submit(_fill, fqn, p, chosen[fqn], seed) for fqn, p in parameters.items()]
-        for future in done:
-            future.result()
+        for fqn, parameter in parameters.items():
+            kind, value = chosen[fqn]
+            if kind == "constant":
+                local(parameter).fill_(value)
+            else:
+                drawn = draw_normal(tuple(parameter.shape), owned(parameter), value, seed, fqn, pool)
+                local(parameter).copy_(torch.from_numpy(drawn))
 
 
 def _rule(fqn: str, rules: Mapping[str, tuple[str, float]]) -> tuple[str, float]:
@@ -73,18 +77,10 @@ def _rule(fqn: str, rules: Mapping[str, tuple[str, float]]) -> tuple[str, float]
     return kind, value
 
 
-def _fill(fqn: str, parameter: Tensor, rule: tuple[str, float], seed: int) -> None:
-    kind, value = rule
-    with torch.no_grad():  # grad mode belongs to a thread
-        if kind == "constant":
-            local(parameter).fill_(value)
-        else:
-            drawn = draw_normal(tuple(parameter.shape), owned(parameter), value, seed, fqn)
-            local(parameter).copy_(torch.from_numpy(drawn))
-
-
-def draw_normal(shape: tuple[int, ...], part: tuple[slice, ...], std: float, seed: int, name: str) -> np.ndarray:
-    """The numbers at `part` of the float32 tensor of `shape` that belongs to (seed, name).
+def draw_normal(
+    shape: tuple[int, ...], part: tuple[slice, ...], std: float, seed: int, name: str, pool: Executor | None = None
+) -> np.ndarray:
+    """The numbers at `part` of the float32 tensor of `shape` that belongs to (seed, name), drawn by `pool`'s threads.
 
     The tensor is seen as rows along its last dimension. Consecutive rows form panels; each panel has its own Philox
     stream (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by a 128-bit hash of seed and
@@ -94,15 +90,18 @@ def draw_normal(shape: tuple[int, ...], part: tuple[slice, ...], std: float, see
     *leading_part, columns = part if len(part) > 1 else (slice(0, 1), *part)
     rows = np.arange(int(np.prod(leading))).reshape(leading)[tuple(leading_part)].ravel()
     drawn = np.empty((rows.size, columns.stop - columns.start), dtype=np.float32)
-
     height = max(1, _PANEL_NUMBERS // width)
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
-    panels, starts = np.unique(rows // height, return_index=True)
-    stops = np.append(starts, rows.size)[1:]
-    for panel, start, stop in zip(panels.tolist(), starts, stops, strict=True):
+
+    def draw_panel(panel: int, start: int, stop: int) -> None:
         stream = np.random.Generator(np.random.Philox(key=key, counter=panel << 128))
         numbers = stream.standard_normal((height, width), dtype=np.float32)
         drawn[start:stop] = numbers[rows[start:stop] - panel * height, columns]
-    np.clip(drawn, -_CUT, _CUT, out=drawn)
-    drawn *= np.float32(std)
+        np.clip(drawn[start:stop], -_CUT, _CUT, out=drawn[start:stop])
+        drawn[start:stop] *= np.float32(std)
+
+    panels, starts = np.unique(rows // height, return_index=True)
+    stops = np.append(starts, rows.size)[1:]
+    for _ in (pool.map if pool else map)(draw_panel, panels.tolist(), starts, stops):
+        pass  # each call fills its rows; iterating raises what it raised
     return drawn.reshape([s.stop - s.start for s in part])

@@ -17,10 +17,10 @@ class RngState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values."""
         version, words, gauss = random.getstate()
-        kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        mersenne = np.random.get_state(legacy=False)
         state: dict[str, Any] = {
             "python": [version, list(words), gauss],
-            "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+            "numpy": mersenne | {"state": mersenne["state"] | {"key": mersenne["state"]["key"].tolist()}},
             "torch": torch.get_rng_state(),
         }
         if torch.cuda.is_available():
@@ -31,8 +31,8 @@ class RngState:
         """Restores what `state_dict` returned; a GPU's state is left out where there is none."""
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        inner = state["numpy"]["state"]
+        np.random.set_state(state["numpy"] | {"state": inner | {"key": np.array(inner["key"], dtype=np.uint32)}})
         torch.set_rng_state(state["torch"])
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])

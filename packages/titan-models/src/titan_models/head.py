@@ -40,8 +40,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Summed in at least float32: chunks rounded to bfloat16 one by one would lose what a single product keeps.
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        # Chunks rounded to bfloat16 one by one would lose what a single product keeps.
+        sum_dtype = weight.dtype if hidden.shape[0] <= chunk_tokens else wide
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             loss_rows, grad_logits = _cross_entropy(hidden[rows] @ weight.T, labels[rows], wide)
@@ -49,7 +50,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is not None and grad_weight.dtype == weight.dtype:
+            if grad_weight is not None and sum_dtype == weight.dtype:
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
             elif grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[rows]
@@ -64,12 +65,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The summed loss of `logits` [T, V] and its gradient [T, V], in `dtype`; overwrites what it can."""
-    logits = logits.to(dtype)
+    """The summed loss of `logits` [T, V] and its gradient [T, V], softmax minus one-hot, in `dtype`."""
     counts = labels != IGNORED
     index = labels.where(counts, 0)[:, None]
-    log_sum = logits.logsumexp(-1, keepdim=True)
-    loss = ((log_sum - logits.gather(1, index))[:, 0] * counts).sum()
-    grad = logits.sub_(log_sum).exp_()
+    log_probabilities = logits.log_softmax(-1, dtype=dtype)
+    loss = -(log_probabilities.gather(1, index)[:, 0] * counts).sum()
+    grad = log_probabilities.exp_()
     grad.scatter_add_(1, index, grad.new_full((), -1.0).expand_as(index))
     return loss, grad.mul_(counts[:, None])

@@ -1,0 +1,183 @@
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ranks import run_ranks
+from titan_data import bpe, dataset, token_store
+from titan_data.config import DataConfig
+from titan_data.dataset import open_dataset
+from titan_data.errors import DataError
+from titan_data.loader import BatchLoader
+
+
+@pytest.fixture
+def config(corpus_folder, tmp_path):
+    return DataConfig(source=str(corpus_folder), vocab_size=300, cache_dir=str(tmp_path / "cache"))
+
+
+def change(config, **options):
+    return dataclasses.replace(config, **options)
+
+
+def test_text_becomes_tokens_and_back(config, corpus_folder):
+    data = open_dataset(config)
+    texts = [path.read_bytes().decode() for path in sorted(corpus_folder.iterdir())]
+    assert data.document_count == 3
+    assert data.document_starts.tolist()[-1] == data.token_count == len(data.tokens)
+    for text, start, end in zip(texts, data.document_starts, data.document_starts[1:], strict=False):
+        assert data.tokens[end - 1] == data.eos_id
+        assert data.tokenizer.decode(data.tokens[start : end - 1].tolist()) == text
+    assert data.vocab_size == 300
+
+
+def test_the_second_time_nothing_is_read_or_tokenized(config, corpus_folder, monkeypatch):
+    for path in corpus_folder.iterdir():
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+    messages = []
+    first = open_dataset(config, progress=messages.append)
+    assert [message.split()[0] for message in messages] == ["reading", "training", "tokenizing", "tokenized"]
+
+    def never(*args, **kwargs):
+        raise AssertionError("the cache was not used")
+
+    monkeypatch.setattr(bpe, "train_bpe", never)
+    monkeypatch.setattr(dataset, "build_store", never)
+    again = []
+    second = open_dataset(config, progress=again.append)
+    assert not again
+    assert second.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(second.tokens, first.tokens)
+
+
+def test_processes_that_start_together_tokenize_once(config):
+    def rank():
+        messages = []
+        data = open_dataset(config, progress=messages.append)
+        return data.fingerprint, data.tokens.tolist(), messages
+
+    results = run_ranks(4, rank)
+    assert len({fingerprint for fingerprint, _, _ in results}) == 1
+    assert all(tokens == results[0][1] for _, tokens, _ in results)
+    said = [message for _, _, messages in results for message in messages]
+    assert sum(message.startswith("tokenized") for message in said) == 1
+    assert sum(message.startswith("training") for message in said) == 1
+
+
+def test_killed_while_tokenizing_it_starts_over(config, monkeypatch):
+    monkeypatch.setattr(token_store, "_BATCH_CHARS", 1)
+    monkeypatch.setattr(token_store, "_SECONDS_BETWEEN_MESSAGES", -1)
+
+    def die_half_way(message):
+        if message.startswith("tokenizing: "):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        open_dataset(config, progress=die_half_way)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    data = open_dataset(config)
+    assert data.document_count == 3
+    assert not list(data.store.folder.parent.glob("*.partial"))
+
+
+def test_a_damaged_cache_is_built_again_with_a_notice(config):
+    first = open_dataset(config)
+    tokens = first.tokens.tolist()
+    file = first.store.folder / "tokens.bin"
+    os.truncate(file, file.stat().st_size - 2)
+    messages = []
+    assert open_dataset(config, progress=messages.append).tokens.tolist() == tokens
+    assert any("token cache" in message and "damaged (tokens.bin has" in message for message in messages)
+
+
+def test_the_fingerprint_follows_content_and_tokenizer_not_places(config, corpus_folder, bpe_folder, tmp_path):
+    moved = shutil.copytree(corpus_folder, tmp_path / "moved")
+    fingerprint = open_dataset(config).fingerprint
+    assert open_dataset(change(config, source=str(moved))).fingerprint == fingerprint
+    assert open_dataset(change(config, cache_dir=str(tmp_path / "other"))).fingerprint == fingerprint
+    assert open_dataset(change(config, vocab_size=280)).fingerprint != fingerprint
+    other = change(config, tokenizer=str(bpe_folder), vocab_size=DataConfig.vocab_size)
+    assert open_dataset(other).fingerprint != fingerprint
+    (moved / "0.txt").write_text("something else")
+    assert open_dataset(change(config, source=str(moved))).fingerprint != fingerprint
+
+
+def test_a_trained_tokenizer_saved_elsewhere_is_the_same_one(config, tmp_path):
+    data = open_dataset(config)
+    for name, content in data.tokenizer.files.items():
+        (tmp_path / name).write_bytes(content)
+    again = open_dataset(change(config, tokenizer=str(tmp_path), vocab_size=DataConfig.vocab_size))
+    assert again.fingerprint == data.fingerprint
+
+
+def test_jsonl(config, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"body": "first"}\n{"body": ""}\n{"body": "second one"}\n')
+    data = open_dataset(change(config, source=str(path), text_field="body"))
+    assert data.document_count == 2
+    assert "1 empty documents left out" in data.describe()
+    with pytest.raises(DataError, match=r"lines\.jsonl, line 1: no field 'text'"):
+        open_dataset(change(config, source=str(path)))
+
+
+def test_describe_is_a_small_tree(config):
+    lines = open_dataset(config).describe().splitlines()
+    assert len(lines) == 4
+    assert "tokens in 3 documents" in lines[0]
+    assert [line[:4] for line in lines[1:]] == ["├── ", "├── ", "└── "]
+
+
+def test_feeds_a_loader(config):
+    data = open_dataset(config)
+    loader = BatchLoader(data, seq_len=16, global_batch_size=4, seed=0)
+    batch = next(loader)
+    assert batch["tokens"].shape == (4, 16)
+    assert batch["tokens"].max() < data.vocab_size
+    loader.close()
+
+
+def test_an_empty_corpus_is_refused_and_nothing_is_cached(config, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match=r"the corpus is empty: .*empty\.txt"):
+        open_dataset(change(config, source=str(tmp_path / "empty.txt")))
+    assert not list((tmp_path / "cache" / "tokens").glob("*/meta.json"))
+
+
+def test_a_size_for_a_vocabulary_that_is_not_trained_is_refused(config, bpe_folder):
+    with pytest.raises(DataError, match=r"data\.vocab_size is 300, but only a trained BPE"):
+        open_dataset(change(config, tokenizer=str(bpe_folder)))
+
+
+BIG_DOCUMENT = """
+import resource, sys
+from titan_data.config import DataConfig
+from titan_data.dataset import open_dataset
+data = open_dataset(DataConfig(source=sys.argv[1], tokenizer=sys.argv[2], cache_dir=sys.argv[3]))
+print(data.document_count, data.token_count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_document_of_200_megabytes_takes_no_more_memory_than_a_small_one(tmp_path, bpe_folder):
+    unit = 1024 if sys.platform == "linux" else 1  # of ru_maxrss
+    with (tmp_path / "big.txt").open("w") as file:
+        for i in range(2000):
+            file.write(f"line {i} of a very long document, with some words in it\n" * 1800)
+    assert (tmp_path / "big.txt").stat().st_size > 200e6
+    run = subprocess.run(
+        [sys.executable, "-c", BIG_DOCUMENT, tmp_path / "big.txt", bpe_folder, tmp_path / "cache"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    documents, tokens, peak = map(int, run.stdout.split())
+    assert documents == 1
+    assert tokens > 20e6
+    assert peak * unit < 500e6

@@ -1,0 +1,101 @@
+import math
+import shutil
+import time
+
+import pytest
+
+from titan_metrics.config import MetricsConfig
+from titan_metrics.sinks import Sinks, build_sinks
+from titan_metrics.trackers import TensorBoardSink
+
+
+@pytest.fixture
+def tensorboard():
+    return pytest.importorskip("tensorboard")
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    for name, value in {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    return pytest.importorskip("wandb")
+
+
+def scalars(directory, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [(event.step, event.value) for event in EventAccumulator(str(directory)).Reload().Scalars(tag)]
+
+
+def test_tensorboard_reads_what_was_logged(tensorboard, tmp_path):
+    config = MetricsConfig(console=False, tensorboard=True)
+    with build_sinks(config, tmp_path, 10) as sinks:
+        sinks.log(1, {"loss": 2.5, "tokens": 512, "phase": "warm-up"})
+        sinks.log(2, {"loss": math.nan})
+    losses = scalars(tmp_path / "tensorboard", "loss")
+    assert losses[0] == (1, 2.5)
+    assert losses[1][0] == 2
+    assert math.isnan(losses[1][1])
+    assert scalars(tmp_path / "tensorboard", "tokens") == [(1, 512.0)]
+
+
+def test_tensorboard_hides_the_steps_that_a_resumed_run_does_again(tensorboard, tmp_path):
+    config = MetricsConfig(console=False, tensorboard=True)
+    with build_sinks(config, tmp_path, 10) as sinks:
+        for step in range(1, 6):
+            sinks.log(step, {"loss": 1.0})
+    with build_sinks(config, tmp_path, 10, resume_step=3) as sinks:
+        sinks.log(4, {"loss": 2.0})
+    assert scalars(tmp_path / "tensorboard", "loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+# TensorBoard's own thread reports its death to standard error as well.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_switches_tensorboard_off(tensorboard, tmp_path, caplog, full_disk):
+    with Sinks({"tensorboard": TensorBoardSink(tmp_path)}) as sinks, full_disk(bytes_left=4000):
+        deadline = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < deadline:
+            sinks.log(2, {"note": "x" * 1000})
+            time.sleep(0.01)  # its thread writes
+    (record,) = caplog.records
+    assert "tensorboard" in record.getMessage()
+
+
+def test_wandb_offline_keeps_everything_below_the_run_directory(wandb, tmp_path, monkeypatch):
+    axes = []
+    real = wandb.Run.define_metric
+    monkeypatch.setattr(
+        wandb.Run, "define_metric", lambda *args, **kwargs: (axes.append(kwargs), real(*args, **kwargs))
+    )
+    config = MetricsConfig(console=False, wandb=True, wandb_mode="offline")
+    run_directory = tmp_path / "run"
+    with build_sinks(config, run_directory, 10, run_config={"seed": 17}) as sinks:
+        sinks.log(1, {"loss": 2.5})
+        run = wandb.run
+        assert (run.project, run.name, run.config["seed"]) == ("titan", "run", 17)
+        assert run.settings.console == "off"  # it would record every redrawn bar
+        assert axes == [{"step_metric": "step"}]
+        sinks.log(2, {"loss": math.nan, "phase": "warm-up"})
+        assert run.summary["step"] == 2
+    assert wandb.run is None
+    run_id = sinks.tracker_ids["wandb"]
+    (transaction_log,) = (run_directory / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
+    assert b"loss" in transaction_log.read_bytes()
+
+
+def test_a_resumed_wandb_run_keeps_its_id(wandb, tmp_path):
+    config = MetricsConfig(console=False, wandb=True, wandb_mode="offline")
+    with build_sinks(config, tmp_path, 10, resume_step=3, tracker_ids={"wandb": "abcd1234"}) as sinks:
+        sinks.log(4, {"loss": 1.0})
+    assert sinks.tracker_ids == {"wandb": "abcd1234"}
+    assert list((tmp_path / "wandb").glob("offline-run-*-abcd1234"))
+
+
+def test_training_goes_on_when_the_wandb_folder_is_removed(wandb, tmp_path):
+    config = MetricsConfig(console=False, wandb=True, wandb_mode="offline")
+    with build_sinks(config, tmp_path, 10) as sinks:
+        sinks.log(1, {"loss": 1.0})
+        shutil.rmtree(tmp_path / "wandb")
+        for step in range(2, 5):
+            sinks.log(step, {"loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
