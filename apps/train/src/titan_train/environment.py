@@ -99,7 +99,7 @@ class Environment:
 
 @contextlib.contextmanager
 def environment(config: TrainConfig) -> Iterator[Environment]:
-    """Picks the device, joins the other ranks, and leaves them at the end.
+    """Picks the device and joins the other ranks, to leave them at the end; a group that is already there is used.
 
     Raises:
         DeviceError: if a GPU is asked for and there is none.
@@ -111,12 +111,15 @@ def environment(config: TrainConfig) -> Iterator[Environment]:
     if world_size == 1:
         yield Environment(device, 0, degrees, None)
         return
-    # Gloo beside nccl: the small numbers that ranks agree on stay on the CPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    joined = not dist.is_initialized()
+    if joined:
+        # Gloo beside nccl: the small numbers that ranks agree on stay on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Environment(device, dist.get_rank(), degrees, build_mesh(degrees, device.type))
     finally:
-        dist.destroy_process_group()
+        if joined:
+            dist.destroy_process_group()
 
 
 def _pick_device(wanted: str) -> torch.device:

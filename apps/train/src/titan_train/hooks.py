@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from torch import Tensor
 
@@ -139,7 +139,7 @@ def _build_log_metrics(
             directory,
             config.training.steps,
             resume_step=checkpoint.step if checkpoint else None,
-            tracker_ids=checkpoint.meta["tracker_ids"] if checkpoint else None,
+            tracker_ids=cast(dict[str, str], checkpoint.meta["tracker_ids"]) if checkpoint else None,
             run_config=dataclasses.asdict(config),
         )
     )

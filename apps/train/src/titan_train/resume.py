@@ -1,7 +1,7 @@
 """Where a run goes on from: the newest whole checkpoint of the same experiment."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.checkpointer import Checkpointer
@@ -55,7 +55,7 @@ def find_checkpoint(config: TrainConfig, checkpointer: Checkpointer, what: Mappi
             f"{config.output} holds a checkpoint of step {checkpoint.step}, and --checkpoint.resume never forbids "
             "to go on from it; choose a new directory with --output, or --checkpoint.resume auto."
         )
-    changes = differences(checkpoint.meta["what"], what)
+    changes = differences(cast(Mapping[str, Any], checkpoint.meta["what"]), what)
     if changes and not config.checkpoint.allow_changes:
         listed = "".join(f"\n  {change}" for change in changes)
         raise ResumeError(

@@ -42,10 +42,12 @@ class RunDirectory:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            lock.seek(0)
+            with lock:
+                lock.seek(0)
+                holder = lock.read().strip()
             raise RunDirectoryError(
-                f"The run directory {self.path} is in use by another titan-train (process {lock.read().strip()}); wait "
-                "for it to end, stop it, or choose another directory with --output."
+                f"The run directory {self.path} is in use by another titan-train (process {holder}); wait for it to "
+                "end, stop it, or choose another directory with --output."
             ) from error
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {os.uname().nodename}")

@@ -56,12 +56,6 @@ def _training_problems(config: TrainConfig) -> list[str]:
         value = getattr(training, name)
         if value is not None and value < lowest:
             found.append(f"training.{name} is {value}; it must be at least {lowest}.")
-    total = config.schedule.total_steps
-    if total is not None and config.schedule.warmup_steps > total:
-        found.append(
-            f"schedule.warmup_steps {config.schedule.warmup_steps} is more than schedule.total_steps {total}; the "
-            "learning rate would never reach its peak."
-        )
     known = ("norm", "embedding", "bias", "colwise", "rowwise", "head")
     for role in config.optimizer.no_decay:
         if role not in known:

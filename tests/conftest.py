@@ -1,0 +1,32 @@
+"""A small corpus, and a cache that all tests of a session share."""
+
+import os
+import random
+
+import pytest
+
+# Whatever a rank imports after the fork, each would import for itself.
+import ranks  # noqa: F401  (sets one thread before any operation, so that ranks may be forked)
+import runs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    os.environ["TITAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Some forty short documents of words, seeded."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = random.Random(0)
+    vocabulary = ["".join(words.choices("abcdefghij", k=words.randint(1, 6))) for _ in range(120)]
+    for i in range(40):
+        (folder / f"{i:02}.txt").write_text(" ".join(words.choices(vocabulary, k=words.randint(5, 400))))
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus):
+    """A run of 20 steps that takes a second."""
+    return runs.change(runs.TINY, **{"data.source": str(corpus)})

@@ -1,0 +1,236 @@
+"""`titan-train` as a stranger runs it: real processes, real signals, and errors that say what to do."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from runs import change, curve, layout, metrics, titan_train, train
+from titan_train.config_file import to_json
+
+TINY_FLAGS = [
+    "--model.vocab-size=300",
+    "--data.vocab-size=300",
+    "--model.dim=32",
+    "--model.layers=1",
+    "--model.hidden-dim=32",
+    "--training.seq-len=32",
+    "--training.global-batch-size=4",
+    "--device=cpu",
+]
+
+
+def command(*arguments, ranks=1):
+    """The real command line, for a process of its own."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, "-m", "titan_train", *map(str, arguments)]
+
+
+def launch(*arguments, ranks=1):
+    """Starts a new interpreter, or torchrun, and waits for it."""
+    return subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, check=False)
+
+
+def refused(result):
+    """The error's text, after checking that it is one paragraph without a traceback."""
+    assert result.returncode not in (0, None)
+    assert "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.startswith("titan-train: ")
+    return result.stderr
+
+
+def test_a_run_without_an_output_names_its_own_directory(corpus, tmp_path):
+    flags = [*TINY_FLAGS, "--data.source", corpus, "--training.steps=3"]
+    result = titan_train(*flags, setup=lambda: os.chdir(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"llama3_debug-\d{8}-\d{6}", directory.name)
+    assert "Try next: " in result.stdout
+    assert "tok/s" in result.stdout
+    assert "eta" in result.stdout
+    assert (directory / "checkpoints" / "step-3" / "files" / "tokenizer.json").exists()
+    assert json.loads((directory / "checkpoints" / "step-3" / "files" / "model.json").read_text())["dim"] == 32
+
+
+def test_torchrun_shares_the_work_and_a_finished_run_says_so(corpus, tmp_path):
+    flags = [
+        *TINY_FLAGS,
+        "--data.source",
+        corpus,
+        "--training.steps=4",
+        "--metrics.log-every=1",
+        "--metrics.no-console",
+    ]
+    shared = launch(*flags, "--parallel.dp-shard=2", "--output", tmp_path / "two", ranks=2)
+    assert shared.returncode == 0, shared.stderr
+    alone = launch(*flags, "--output", tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    assert curve(metrics(tmp_path / "two")) == pytest.approx(curve(metrics(tmp_path / "one")), rel=1e-5)
+    again = titan_train(*flags, "--output", tmp_path / "one")
+    assert again.returncode == 0
+    assert "This run is finished" in again.stdout
+
+
+def test_a_run_starts_again_from_its_own_config_json(tiny, tmp_path):
+    train(change(tiny, **{"training.steps": 3}), tmp_path / "first")
+    result = titan_train("--config", tmp_path / "first" / "config.json", "--training.steps=5")
+    assert result.returncode == 0, result.stderr
+    assert "after step 3" in result.stdout
+    assert len(curve(metrics(tmp_path / "first"))) == 5
+    anew = titan_train("--config", tmp_path / "first" / "config.json", "--output", tmp_path / "second")
+    assert anew.returncode == 0, anew.stderr
+    assert curve(metrics(tmp_path / "second")) == curve(metrics(tmp_path / "first"))
+
+
+def test_raising_the_steps_keeps_the_end_of_the_decay(tiny, tmp_path):
+    config = change(tiny, **{"schedule.total_steps": None, "training.steps": 4, "output": str(tmp_path / "run")})
+    path = tmp_path / "start.json"
+    path.write_text(to_json(config))
+    for steps in (4, 6):
+        result = titan_train("--config", path, "--training.steps", steps)
+        assert result.returncode == 0, result.stderr
+    assert curve(metrics(tmp_path / "run"), "lr")[3:] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("first", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_ends_and_the_run_goes_on(corpus, tmp_path, first, ranks):
+    flags = [*TINY_FLAGS, "--data.source", corpus, "--training.steps=100000", "--output", tmp_path / "run"]
+    flags += ["--metrics.log-every=1", "--metrics.no-console", "--checkpoint.every=0"]
+    process = subprocess.Popen(command(*flags, ranks=ranks), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 3)
+    process.send_signal(first)
+    out, err = process.communicate(timeout=60)
+    assert "Interrupted after step" in out, err
+    if ranks == 1:
+        assert process.returncode == 130
+    done = len(curve(metrics(tmp_path / "run")))
+    result = titan_train(*flags[:-1], f"--training.steps={done + 2}", "--schedule.total-steps=100000")
+    assert result.returncode == 0, result.stderr
+    assert f"after step {done}." in result.stdout
+    assert len(curve(metrics(tmp_path / "run"))) == done + 2
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.source", "/nowhere/text"], "/nowhere/text"),
+        (["--data.source", "{empty}"], "empty"),
+        (["--data.tokenizer", "{broken}", "--data.vocab-size=4096"], "broken.json"),
+        (["--data.vocab-size=400"], "set --model.vocab-size 400 or more"),
+        (["--output", "{broken}/run"], "Cannot write to the run directory"),
+        (["--checkpoint.resume", "required"], "There is no whole checkpoint"),
+        (["--quant.recipe", "mxfp8"], "cannot be used: it is registered, but its arithmetic is not built"),
+        (["--metrics.wandb", "--metrics.wandb-project="], "metrics.wandb_project is empty"),
+    ],
+)
+def test_bad_input_is_one_clear_paragraph(corpus, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text("{")
+    places = {"empty": tmp_path / "empty", "broken": tmp_path / "broken.json"}
+    given = [argument.format(**places) for argument in arguments]
+    flags = [*TINY_FLAGS, "--data.source", corpus, "--training.steps=1", "--output", tmp_path / "run"]
+    result = titan_train(*flags, *given)
+    assert message in refused(result)
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    def hide():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    result = titan_train(*TINY_FLAGS, "--device=cuda", "--output", tmp_path / "run", setup=hide)
+    assert "PyTorch sees no GPU here" in refused(result)
+
+
+def test_a_directory_of_another_experiment_is_refused_unless_told_otherwise(tiny, tmp_path):
+    train(change(tiny, **{"training.steps": 2}), tmp_path / "run")
+    flags = ["--config", tmp_path / "run" / "config.json", "--training.steps=3", "--optimizer.lr=0.5"]
+    error = refused(titan_train(*flags))
+    assert "belongs to another experiment" in error
+    assert "optimizer.lr: 0.001 -> 0.5" in error
+    assert curve(metrics(tmp_path / "run"), "lr")[0] != 0.5
+    result = titan_train(*flags, "--checkpoint.allow-changes")
+    assert result.returncode == 0, result.stderr
+    assert len(curve(metrics(tmp_path / "run"))) == 3
+
+
+def test_never_does_not_go_on_from_a_checkpoint(tiny, tmp_path):
+    train(change(tiny, **{"training.steps": 2}), tmp_path / "run")
+    error = refused(titan_train("--config", tmp_path / "run" / "config.json", "--checkpoint.resume=never"))
+    assert "holds a checkpoint of step 2" in error
+
+
+def test_a_truncated_newest_checkpoint_is_passed_over_loudly(tiny, tmp_path):
+    config = change(tiny, **{"training.steps": 4, "checkpoint.every": 2})
+    whole = curve(train(config, tmp_path / "run"))
+    (data,) = (tmp_path / "run" / "checkpoints" / "step-4").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-1])
+    result = titan_train("--config", tmp_path / "run" / "config.json")
+    assert result.returncode == 0, result.stderr
+    assert "step-4" in result.stdout
+    assert data.name in result.stdout
+    assert "after step 2." in result.stdout
+    assert curve(metrics(tmp_path / "run")) == whole
+
+
+def test_no_whole_checkpoint_where_one_is_required(tiny, tmp_path):
+    train(change(tiny, **{"training.steps": 2}), tmp_path / "run")
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    error = refused(titan_train("--config", tmp_path / "run" / "config.json", "--checkpoint.resume=required"))
+    assert "There is no whole checkpoint" in error
+
+
+def test_a_second_writer_is_refused(tiny, tmp_path):
+    config = change(tiny, **{"training.steps": 10**6, "schedule.total_steps": 10**6, "output": str(tmp_path / "run")})
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    first = subprocess.Popen(command("--config", path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    assert f"in use by another titan-train (process {first.pid}" in refused(titan_train("--config", path))
+    first.kill()
+    first.wait()
+
+
+def test_a_full_disk_while_saving_loses_nothing(tiny, tmp_path):
+    """A limit on the size of a file stands for a full disk: both fail in the middle of a write."""
+    config = change(tiny, **{"training.steps": 2})
+    train(config, tmp_path / "run")
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    arguments = ["--config", tmp_path / "run" / "config.json", "--training.steps=3"]
+    result = titan_train(*arguments, setup=limit)
+    error = refused(result)
+    assert "step 3 could not be saved" in error.lower()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert titan_train(*arguments).returncode == 0
+
+
+def test_one_rank_that_fails_names_itself(tiny, tmp_path):
+    """Rank 0 cannot claim its directory; the other rank stops with it and adds no second message."""
+    (tmp_path / "file").write_text("")
+    config = change(tiny, output=str(tmp_path / "file" / "run"), **layout(dp_shard=2))
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    result = launch("--config", path, ranks=2)
+    assert result.returncode != 0
+    assert "titan-train (rank 0): Cannot write to the run directory" in result.stderr
+    assert "rank 1)" not in result.stderr.split("torch.distributed.elastic")[0]

@@ -1,0 +1,50 @@
+"""Killed and started again, a run is the run that was never killed."""
+
+import pytest
+
+from runs import change, curve, layout, metrics, samples, train, train_until_killed
+
+LAYOUTS = {
+    "one process": (1, {}),
+    "fsdp 4": (4, layout(dp_shard=4)),
+    "ddp 4": (4, layout(dp_replicate=4)),
+    "hsdp 2x2": (4, layout(dp_replicate=2, dp_shard=2)),
+}
+
+
+@pytest.fixture
+def saving(tiny):
+    return change(tiny, **{"checkpoint.every": 5})
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_killed_and_restarted_on_the_same_layout_is_bitwise_equal(saving, tmp_path, name):
+    world_size, changes = LAYOUTS[name]
+    whole = train(saving, tmp_path / "whole", world_size, **changes)
+    train_until_killed(saving, tmp_path / "killed", 12, world_size, **changes)
+    before = metrics(tmp_path / "killed")
+    assert [line["step"] for line in before] == list(range(1, 13))
+    resumed = train(saving, tmp_path / "killed", world_size, **changes)
+    for key in ("loss", "grad_norm", "lr", "tokens", "epoch"):
+        assert curve(resumed, key) == curve(whole, key), key
+    redone = [line for line in (tmp_path / "killed" / "metrics.redone.jsonl").read_text().splitlines()]
+    assert len(redone) == 2  # steps 11 and 12 were done twice
+    assert samples(tmp_path / "killed", world_size) == samples(tmp_path / "whole", world_size)
+
+
+def test_restarts_on_other_numbers_of_ranks_keep_the_curve_and_the_order(saving, tmp_path):
+    whole = train(saving, tmp_path / "whole")
+    parts, output = {}, tmp_path / "moving"
+    for steps, world_size, changes in (
+        (5, 1, {}),
+        (10, 2, layout(dp_shard=2)),
+        (15, 4, layout(dp_replicate=2, dp_shard=2)),
+        (20, 3, layout(dp_shard=3)),
+    ):
+        lines = train(saving, output, world_size, **{"training.steps": steps}, **changes)
+        parts |= {s: ids for s, ids in samples(output, world_size).items() if steps - 5 < s <= steps}
+        for rank in range(world_size):
+            (output / "samples" / f"rank-{rank}.jsonl").unlink()
+    for key, bound in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        assert curve(lines, key) == pytest.approx(curve(whole, key), rel=bound)
+    assert parts == samples(tmp_path / "whole", 1)
