@@ -27,7 +27,7 @@ def test_killed_and_restarted_on_the_same_layout_is_bitwise_equal(saving, tmp_pa
     resumed = train(saving, tmp_path / "killed", world_size, **changes)
     for key in ("loss", "grad_norm", "lr", "tokens", "epoch"):
         assert curve(resumed, key) == curve(whole, key), key
-    redone = [line for line in (tmp_path / "killed" / "metrics.redone.jsonl").read_text().splitlines()]
+    redone = (tmp_path / "killed" / "metrics.redone.jsonl").read_text().splitlines()
     assert len(redone) == 2  # steps 11 and 12 were done twice
     assert samples(tmp_path / "killed", world_size) == samples(tmp_path / "whole", world_size)
 

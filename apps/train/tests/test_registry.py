@@ -54,7 +54,7 @@ def test_only_functions_without_arguments_that_the_module_defines_count(tmp_path
 
 
 def test_unknown_modules_are_refused():
-    with pytest.raises(RegistryError, match="is not a module that Python finds. Did you mean llama3"):
+    with pytest.raises(RegistryError, match=r"is not a module that Python finds\. Did you mean llama3"):
         load_config("lama3", "x")
     with pytest.raises(RegistryError, match="does not exist"):
         load_config("/nowhere/runs.py", "x")

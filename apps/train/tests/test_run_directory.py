@@ -28,7 +28,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="Cannot write to the run directory .*choose another with --output"):
+    with pytest.raises(RunDirectoryError, match=r"Cannot write to the run directory .*choose another with --output"):
         RunDirectory(tmp_path / "file" / "run").claim()
 
 

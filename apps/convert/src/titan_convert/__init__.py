@@ -1,3 +1,3 @@
-"""Converts checkpoints between formats."""
+"""The command `titan-convert`: checkpoints from one format into another."""
 
 __version__ = "0.1.0"
