@@ -79,7 +79,7 @@ def test_print_config_shows_what_overrides_changed(capsys):
         (64, [], "training.global_batch_size 16 is smaller than the 64 data-parallel ranks"),
         (1, ["--training.seq-len", "0"], "training.seq_len is 0; it must be at least 1"),
         (1, ["--model.kv-heads", "3"], "model.heads 8 is not a multiple of model.kv_heads 3"),
-        (1, ["--optimizer.no-decay", "embeding"], "did you mean 'embedding'?"),
+        (1, ["--optimizer.no-decay", "colwis"], "did you mean 'colwise'?"),
         (1, ["--quant.recipe", "float8"], "There is no recipe 'float8'"),
         (1, ["--precision.param-dtype", "float64"], "precision.param_dtype is float64, wider than master_dtype"),
         (1, ["--metrics.log-every", "0"], "metrics.log_every is 0"),

@@ -1,10 +1,9 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from titan_quant.policy import torch_dtype
-from titan_quant.recipes import RECIPES, RecipeError, nvidia_capability, resolve_recipe
+from titan_quant.recipes import RECIPES, RecipeError, resolve_recipe
 
 LATER = {name: replace(recipe, available=True) for name, recipe in RECIPES.items()}
 """The registry as it will be when every recipe is built."""
@@ -80,12 +79,3 @@ def test_the_facts_hang_together(recipe):
     for name in filter(None, (recipe.forward_format, recipe.gradient_format)):
         assert torch_dtype(name).itemsize == 1  # two values of four bits share a byte
     assert recipe.simpler in RECIPES
-
-
-def test_capability_is_nvidias_only(monkeypatch):
-    assert nvidia_capability("cpu") is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert nvidia_capability("cuda") == (9, 4)
-    monkeypatch.setattr(torch.version, "cuda", None)  # AMD: an MI300X says 9.4
-    assert nvidia_capability("cuda") is None

@@ -7,13 +7,12 @@ The configuration has three parts. A field belongs to the part of its section un
 from dataclasses import dataclass, field
 from typing import Literal
 
-from titan_quant.config import MixedPrecision, QuantConfig
-
 from titan_ckpt.config import CheckpointConfig
 from titan_core.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from titan_data.config import DataConfig
 from titan_metrics.config import MetricsConfig
 from titan_models.config import DecoderConfig
+from titan_quant.config import MixedPrecision, QuantConfig
 
 HOW = {"part": "how"}
 WHERE = {"part": "where"}

@@ -26,8 +26,9 @@ from titan_core.roles import resolve_roles
 from titan_core.schedule import lr_factor
 from titan_data.dataset import TokenDataset, open_dataset
 from titan_data.loader import Batch, BatchLoader
+from titan_quant.device import nvidia_capability
 from titan_quant.policy import resolve_dtypes
-from titan_quant.recipes import nvidia_capability, resolve_recipe
+from titan_quant.recipes import resolve_recipe
 from titan_train import report
 from titan_train.config import TrainConfig
 from titan_train.config_file import to_json

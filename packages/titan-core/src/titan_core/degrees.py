@@ -1,6 +1,6 @@
 """Arithmetic of the parallel degrees: which layouts exist for a number of ranks. Imports no torch.
 
-The world is a grid of pp x dp_replicate x dp_shard x cp x tp ranks, outermost first; ep re-uses the ranks of
+The world is a grid of pp x dp_replicate x dp_shard x cp x tp ranks, outermost first; ep shares the ranks of
 dp_shard x cp x tp.
 """
 

@@ -124,7 +124,7 @@ def resolve_recipe(
 
     Args:
         name: a key of `recipes`.
-        device_capability: the GPU's NVIDIA compute capability (`nvidia_capability`), else None.
+        device_capability: the GPU's NVIDIA compute capability (`titan_quant.device.nvidia_capability`), else None.
         device_type: `cpu` or `cuda`, for the message.
         recipes: the registry; its `none` must run everywhere.
 
@@ -147,12 +147,3 @@ def resolve_recipe(
     raise RecipeError(
         f"The recipe {name!r} cannot be used: {'; '.join(reasons)}. The nearest one that runs here is {nearest!r}."
     )
-
-
-def nvidia_capability(device_type: str) -> tuple[int, int] | None:
-    """Compute capability of the current GPU; None for a CPU, and for AMD, whose numbers mean other things."""
-    if device_type != "cuda":
-        return None
-    import torch  # only here, so that reading the registry needs no torch
-
-    return torch.cuda.get_device_capability() if torch.version.cuda else None
