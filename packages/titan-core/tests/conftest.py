@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+
+# Whatever a rank imports after the fork, each rank would import for itself.
+import torch.distributed.fsdp
+import torch.distributed.tensor
 from torch import nn
 
 import ranks  # noqa: F401  (sets one thread before any operation, so that ranks may be forked)
