@@ -24,10 +24,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 SEQ_LEN, BATCH = 512, 2
+# 34 million parameters for the step; for the start as few as leave only the start to be seen.
 MODEL = {"vocab_size": 8192, "dim": 512, "layers": 8, "heads": 8, "kv_heads": 4, "head_dim": 64, "hidden_dim": 1536}
+SMALL = {"vocab_size": 4096, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "hidden_dim": 128}
 
 
-def make_config(dtype: str):
+def make_config(dtype: str, model: dict[str, int]):
     """The run that both sides train."""
     from titan_core.config import ScheduleConfig
     from titan_data.config import DataConfig
@@ -37,7 +39,7 @@ def make_config(dtype: str):
     from titan_train.config import CheckpointSection, TrainConfig, TrainingConfig
 
     return TrainConfig(
-        model=Llama3Config(**MODEL),
+        model=Llama3Config(**model),
         data=DataConfig(confine_attention=False),
         training=TrainingConfig(seq_len=SEQ_LEN, global_batch_size=BATCH, steps=10**6),
         schedule=ScheduleConfig(total_steps=10**6),
@@ -48,19 +50,19 @@ def make_config(dtype: str):
     )
 
 
-def titan_side(dtype: str):
+def titan_side(dtype: str, model: dict[str, int] = MODEL):
     """Returns a function that takes one of our steps."""
     from titan_data.dataset import open_dataset
     from titan_train.environment import environment
     from titan_train.trainer import Trainer
 
-    config = make_config(dtype)
+    config = make_config(dtype, model)
     with environment(config) as env:
         trainer = Trainer(config, env, open_dataset(config.data), {})
         return trainer.step
 
 
-def plain_side(dtype: str):
+def plain_side(dtype: str, model: dict[str, int] = MODEL):
     """Returns a function that takes one step of the plain loop."""
     import torch
     from torch.nn import functional as F
@@ -68,15 +70,15 @@ def plain_side(dtype: str):
     from titan_data.dataset import open_dataset
     from titan_data.loader import BatchLoader
 
-    config = make_config(dtype)
+    config = make_config(dtype, model)
     loader = BatchLoader(
         open_dataset(config.data), seq_len=SEQ_LEN, global_batch_size=BATCH, seed=0, confine_attention=False, prefetch=0
     )
     batches = [next(loader) for _ in range(64)]
-    model = config.model.build()
-    for name, parameter in model.named_parameters():
+    built = config.model.build()
+    for name, parameter in built.named_parameters():
         torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(built.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     taken = 0
 
     def step() -> None:
@@ -84,10 +86,10 @@ def plain_side(dtype: str):
         batch = batches[taken % len(batches)]
         taken += 1
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            logits = model(batch["tokens"], batch["positions"])
+            logits = built(batch["tokens"], batch["positions"])
             loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(built.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -152,7 +154,7 @@ def compare_startup(rounds: int) -> None:
         config = Path(folder, "config.json")
         from titan_train.config_file import to_json
 
-        config.write_text(to_json(make_config("fp32")))
+        config.write_text(to_json(make_config("fp32", SMALL)))
         ours = ["titan-train", "--config", str(config), "--training.steps", "1", "--output", f"{folder}/run"]
         theirs = [sys.executable, __file__, "--plain-once"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
@@ -185,7 +187,7 @@ def main() -> None:
     parser.add_argument("--plain-once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain_once:
-        plain_side("fp32")()
+        plain_side("fp32", SMALL)()
         return
     for dtype in arguments.dtypes if "step" in arguments.parts else ():
         print(
@@ -193,7 +195,7 @@ def main() -> None:
         )
         compare_steps(dtype, arguments.rounds, arguments.steps)
     if "startup" in arguments.parts:
-        print(f"from command to the end of the first step and the process, fp32, {arguments.rounds} turns")
+        print(f"from command to the end of the first step and of the process, small model, {arguments.rounds} turns")
         compare_startup(arguments.rounds)
 
 

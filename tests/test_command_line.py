@@ -234,3 +234,26 @@ def test_one_rank_that_fails_names_itself(tiny, tmp_path):
     assert result.returncode != 0
     assert "titan-train (rank 0): Cannot write to the run directory" in result.stderr
     assert "rank 1)" not in result.stderr.split("torch.distributed.elastic")[0]
+
+
+def test_checkpoints_can_be_switched_off(tiny, tmp_path):
+    train(change(tiny, **{"training.steps": 2, "checkpoint.enabled": False}), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_deterministic_kernels_give_the_same_run(tiny, tmp_path):
+    plain = train(change(tiny, **{"training.steps": 2}), tmp_path / "plain")
+    strict = train(change(tiny, **{"training.steps": 2, "parallel.deterministic": True}), tmp_path / "strict")
+    assert curve(strict) == curve(plain)
+
+
+def test_other_sinks_get_the_metrics_and_a_tracked_run_continues(corpus, tmp_path):
+    flags = [*TINY_FLAGS, "--data.source", corpus, "--output", tmp_path, "--metrics.log-every=1"]
+    flags += ["--metrics.tensorboard", "--metrics.wandb", "--metrics.wandb-mode=offline", "--schedule.total-steps=4"]
+    for steps in (2, 4):
+        result = launch(*flags, f"--training.steps={steps}")
+        assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    tracked = {path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert len(tracked) == 1  # both parts have the same run id

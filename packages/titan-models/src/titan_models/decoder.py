@@ -11,7 +11,6 @@ from titan_models.attention import Attention
 from titan_models.config import DecoderConfig
 from titan_models.feed_forward import FeedForward
 from titan_models.head import Head
-from titan_models.norm import RMSNorm
 from titan_models.rope import rope_frequencies, rope_table
 
 
@@ -19,7 +18,7 @@ class Decoder(nn.Module):
     """Token embedding, a stack of blocks, a norm and a head."""
 
     tok_embeddings: nn.Embedding | None
-    norm: RMSNorm | None
+    norm: nn.RMSNorm | None
     lm_head: Head | None
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -28,7 +27,7 @@ class Decoder(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         # A dict keeps the names of the blocks when a pipeline stage drops some of them.
         self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.layers)})
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.lm_head = Head(config.dim, config.vocab_size, config.loss_chunk_tokens)
         if config.tie_embeddings:
             self.tok_embeddings.weight = self.lm_head.weight
@@ -60,9 +59,9 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, document_ids: Tensor | None) -> Tensor:

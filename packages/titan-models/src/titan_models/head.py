@@ -47,7 +47,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             loss_rows, grad_logits = _cross_entropy(hidden[rows] @ weight.T, labels[rows], wide)
             loss += loss_rows
-            grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
             if grad_weight is not None and sum_dtype == weight.dtype:
@@ -65,11 +64,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The summed loss of `logits` [T, V] and its gradient [T, V], softmax minus one-hot, in `dtype`."""
+    """The summed loss of `logits` [T, V], and its gradient, softmax minus one-hot, rounded once from `dtype`."""
     counts = labels != IGNORED
     index = labels.where(counts, 0)[:, None]
     log_probabilities = logits.log_softmax(-1, dtype=dtype)
     loss = -(log_probabilities.gather(1, index)[:, 0] * counts).sum()
     grad = log_probabilities.exp_()
     grad.scatter_add_(1, index, grad.new_full((), -1.0).expand_as(index))
-    return loss, grad.mul_(counts[:, None])
+    return loss, torch.mul(grad, counts[:, None], out=torch.empty_like(logits))

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains on this machine with one process a GPU (or as many as NPROC says); every argument goes to titan-train.
+#
+#   scripts/run_train.sh --config llama3_8b --data.source texts/ --data.tokenizer tokenizer/
+#   NPROC=2 scripts/run_train.sh --training.steps 20
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ -z "${NPROC:-}" ]; then
+  NPROC=$(uv run python -c "import torch; print(max(1, torch.cuda.device_count()))")
+fi
+exec uv run torchrun --standalone --nproc-per-node "$NPROC" -m titan_train "$@"

@@ -1,0 +1,54 @@
+"""What the README tells people to type is understood, and the numbers it names are true."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from titan_models.facts import parameter_count
+from titan_train.cli import run
+from titan_train.config_file import to_json
+from titan_train.configs import llama3
+from titan_train.registry import config_functions
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            match = re.search(r"(?:titan-train|-m titan_train)\b(.*)", line)
+            if match:
+                yield shlex.split(match[1], comments=True)
+
+
+@pytest.mark.parametrize("arguments", list(commands()), ids=" ".join)
+def test_every_command_is_understood(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2" if "--parallel.dp-shard" in arguments else "1")
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/config.json").write_text(to_json(llama3.llama3_debug()))
+    if "--help" in arguments:
+        with pytest.raises(SystemExit, match="0"):
+            run(arguments)
+    else:
+        assert run([*arguments, "--print-config"]) == 0, capsys.readouterr().err
+
+
+def test_the_first_command_is_among_them():
+    assert [] in list(commands())
+
+
+def test_every_configuration_is_listed_with_its_size():
+    for name in config_functions(llama3):
+        assert f"`{name}`" in README
+    assert f"{parameter_count(llama3.llama3_debug().model):,} parameters" in README
+
+
+def test_every_file_that_is_named_exists():
+    named = re.findall(r"\]\(((?!http)[^)#]+)\)|`((?:tests|packages|apps)/[\w/.-]+)`", README)
+    assert len(named) > 10
+    for link, path in named:
+        assert (ROOT / (link or path)).exists(), link or path
