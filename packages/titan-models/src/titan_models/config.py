@@ -59,15 +59,15 @@ class DecoderConfig:
     init_std: float = 0.02
     """Standard deviation of the initial weights; layers that write to the residual stream get it divided by
     sqrt(2 * layers)."""
-    loss_chunk_tokens: int = field(default=1024, metadata={"part": "how"})
-    """Tokens whose logits exist at one time while the loss is computed."""
+    loss_chunk_tokens: int | None = field(default=None, metadata={"part": "how"})
+    """Tokens whose logits exist at one time while the loss is computed; None: what suits the device."""
 
     def problems(self) -> list[str]:
         """Every contradiction between the fields, each as one sentence with a remedy; empty if there is none."""
         problems = [
-            f"model.{f.name} is {getattr(self, f.name)}; it must be at least 1."
+            f"model.{f.name} is {value}; it must be at least 1."
             for f in dataclasses.fields(self)
-            if f.type in (int, "int") and getattr(self, f.name) < 1
+            if type(value := getattr(self, f.name)) is int and value < 1
         ]
         if not problems and self.heads % self.kv_heads:
             problems.append(

@@ -11,7 +11,7 @@ IGNORED = -100  # the label of a token that carries no loss, as in torch.nn.func
 class Head(nn.Module):
     """A linear layer onto the vocabulary that can compute the cross-entropy itself."""
 
-    def __init__(self, dim: int, vocab_size: int, chunk_tokens: int) -> None:
+    def __init__(self, dim: int, vocab_size: int, chunk_tokens: int | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
         self.chunk_tokens = chunk_tokens
@@ -24,7 +24,10 @@ class Head(nn.Module):
         """
         if labels is None:
             return hidden @ self.weight.T
-        return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), self.weight, labels.flatten(), self.chunk_tokens)
+        # On a CPU a chunk that stays in its caches is a fifth faster than 1024 tokens; on a GPU each chunk costs a pass
+        # over a gradient as large as the weight, so there few are better.
+        chunk = self.chunk_tokens or (256 if hidden.device.type == "cpu" else 2048)
+        return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), self.weight, labels.flatten(), chunk)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -67,8 +70,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[
     """The summed loss of `logits` [T, V], and its gradient, softmax minus one-hot, rounded once from `dtype`."""
     counts = labels != IGNORED
     index = labels.where(counts, 0)[:, None]
-    log_probabilities = logits.log_softmax(-1, dtype=dtype)
+    log_probabilities = logits.to(dtype).log_softmax(-1)
     loss = -(log_probabilities.gather(1, index)[:, 0] * counts).sum()
     grad = log_probabilities.exp_()
     grad.scatter_add_(1, index, grad.new_full((), -1.0).expand_as(index))
-    return loss, torch.mul(grad, counts[:, None], out=torch.empty_like(logits))
+    return loss, grad.mul_(counts[:, None]).to(logits.dtype)
