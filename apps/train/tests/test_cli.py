@@ -76,7 +76,7 @@ def test_print_config_shows_what_overrides_changed(capsys):
     [
         (4, ["--parallel.tp", "3"], "parallel.tp 3 does not divide the 4 ranks; use one of [1, 2, 4]"),
         (4, ["--parallel.dp-shard", "2"], "2 ranks, but 4 were started; start 2 ranks"),
-        (64, [], "training.global_batch_size 16 is smaller than the 64 data-parallel ranks"),
+        (64, [], "training.global_batch_size 8 is smaller than the 64 data-parallel ranks"),
         (1, ["--training.seq-len", "0"], "training.seq_len is 0; it must be at least 1"),
         (1, ["--model.kv-heads", "3"], "model.heads 8 is not a multiple of model.kv_heads 3"),
         (1, ["--optimizer.no-decay", "colwis"], "did you mean 'colwise'?"),

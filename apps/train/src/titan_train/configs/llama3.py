@@ -14,9 +14,9 @@ def llama3_debug() -> TrainConfig:
     """A model small enough to learn Python's standard library on two CPU cores in two minutes."""
     return TrainConfig(
         model=PRESETS["debug"],
-        training=TrainingConfig(seq_len=256, global_batch_size=16, steps=200),
+        training=TrainingConfig(seq_len=256, global_batch_size=8, steps=200),
         optimizer=OptimizerConfig(lr=1e-3),
-        schedule=ScheduleConfig(warmup_steps=20),
+        schedule=ScheduleConfig(warmup_steps=20, min_factor=0.1),
         checkpoint=CheckpointSection(every=100),
     )
 
