@@ -23,23 +23,24 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from titan_models.families.llama3 import Llama3Config
+
 SEQ_LEN, BATCH = 512, 2
 # 34 million parameters for the step; for the start as few as leave only the start to be seen.
-MODEL = {"vocab_size": 8192, "dim": 512, "layers": 8, "heads": 8, "kv_heads": 4, "head_dim": 64, "hidden_dim": 1536}
-SMALL = {"vocab_size": 4096, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "hidden_dim": 128}
+MODEL = Llama3Config(vocab_size=8192, dim=512, layers=8, heads=8, kv_heads=4, head_dim=64, hidden_dim=1536)
+SMALL = Llama3Config(vocab_size=4096, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, hidden_dim=128)
 
 
-def make_config(dtype: str, model: dict[str, int]):
+def make_config(dtype: str, model: Llama3Config):
     """The run that both sides train."""
     from titan_core.config import ScheduleConfig
     from titan_data.config import DataConfig
     from titan_metrics.config import MetricsConfig
-    from titan_models.families.llama3 import Llama3Config
     from titan_quant.config import MixedPrecision
     from titan_train.config import CheckpointSection, TrainConfig, TrainingConfig
 
     return TrainConfig(
-        model=Llama3Config(**model),
+        model=model,
         data=DataConfig(confine_attention=False),
         training=TrainingConfig(seq_len=SEQ_LEN, global_batch_size=BATCH, steps=10**6),
         schedule=ScheduleConfig(total_steps=10**6),
@@ -50,7 +51,7 @@ def make_config(dtype: str, model: dict[str, int]):
     )
 
 
-def titan_side(dtype: str, model: dict[str, int] = MODEL):
+def titan_side(dtype: str, model: Llama3Config = MODEL):
     """Returns a function that takes one of our steps."""
     from titan_data.dataset import open_dataset
     from titan_train.environment import environment
@@ -62,7 +63,7 @@ def titan_side(dtype: str, model: dict[str, int] = MODEL):
         return trainer.step
 
 
-def plain_side(dtype: str, model: dict[str, int] = MODEL):
+def plain_side(dtype: str, model: Llama3Config = MODEL):
     """Returns a function that takes one step of the plain loop."""
     import torch
     from torch.nn import functional as F

@@ -45,7 +45,7 @@ def test_what_is_computed_changes_the_fingerprint():
     config = llama3_debug()
     other = [
         replaced(config, "training", seq_len=8),
-        replaced(config, "training", global_batch_size=8),
+        replaced(config, "training", global_batch_size=7),
         replaced(config, "training", seed=1),
         replaced(config, "optimizer", lr=1.0),
         replaced(config, "schedule", total_steps=7),
