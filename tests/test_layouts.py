@@ -62,6 +62,18 @@ def test_float32_and_float64_curves_are_those_of_one_process(tiny, expected, tmp
         assert samples(output, world_size) == ids
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_longer_curves_of_more_seeds(tiny, tmp_path, name, seed):
+    world_size, changes = LAYOUTS[name]
+    longer = {"training.seed": seed, "training.steps": 100, "schedule.total_steps": 100, "precision": FLOAT64}
+    alone = train(change(tiny, **longer), tmp_path / "alone")
+    ours = train(change(tiny, **longer), tmp_path / "ours", world_size, **changes)
+    assert relative(curve(ours), curve(alone)) <= 1e-9
+    assert samples(tmp_path / "ours", world_size) == samples(tmp_path / "alone", 1)
+
+
 def test_the_curves_mean_something(tiny, expected):
     losses = curve(expected(tiny)[0])
     assert losses[-1] < losses[0] - 0.1

@@ -48,3 +48,22 @@ def test_restarts_on_other_numbers_of_ranks_keep_the_curve_and_the_order(saving,
     for key, bound in (("loss", 1e-5), ("grad_norm", 1e-4)):
         assert curve(lines, key) == pytest.approx(curve(whole, key), rel=bound)
     assert parts == samples(tmp_path / "whole", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_killed_at_any_step(saving, tmp_path, name):
+    world_size, changes = LAYOUTS[name]
+    whole = train(saving, tmp_path / "whole", world_size, **changes)
+    for step in range(1, 20):
+        output = tmp_path / f"killed-{step}"
+        train_until_killed(saving, output, step, world_size, **changes)
+        assert curve(train(saving, output, world_size, **changes)) == curve(whole), step
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(saving, tmp_path):
+    whole = train(saving, tmp_path / "whole", 2)
+    for step in (3, 6, 7, 7, 11, 13, 16, 19):
+        train_until_killed(saving, tmp_path / "killed", step, 2)
+    assert curve(train(saving, tmp_path / "killed", 2)) == curve(whole)
