@@ -35,7 +35,7 @@ LAYOUTS = {
 def train(toy, toy_roles, toy_rules):
     """Trains the toy for a few steps on its rows of fixed global batches; returns losses and gradient norms."""
 
-    def run(config=None, world_size=1, *, master, param=None, reduce=None, tied=False, micro=1):
+    def run(config=None, world_size=1, *, master, param=None, reduce=None, tied=False, micro=1, device="cpu"):
         mesh, rank, dp = None, 0, 1
         if world_size > 1:
             degrees = resolve_degrees(config, world_size)
@@ -46,7 +46,7 @@ def train(toy, toy_roles, toy_rules):
         layout = parallelize(
             model, roles, mesh, config or ParallelConfig(), param_dtype=param or master, reduce_dtype=reduce or master
         )
-        materialize(model, torch.device("cpu"))
+        materialize(model, torch.device(device))
         init_parameters(model, toy_rules, 7)
         optimizer = build_adamw(model, roles, OptimizerConfig(lr=1e-2))
         generator = torch.Generator().manual_seed(0)
@@ -54,8 +54,8 @@ def train(toy, toy_roles, toy_rules):
         for _ in range(STEPS):
             tokens = torch.randint(0, 32, (BATCH, 11), generator=generator)
             rows = [range(r, BATCH, dp) for r in range(dp)][rank]
-            pieces = tokens[list(rows)].split(micro)
-            total = torch.zeros((), dtype=torch.float64)
+            pieces = tokens[list(rows)].to(device).split(micro)
+            total = torch.zeros((), dtype=torch.float64, device=device)
             layout.begin_step()
             for i, piece in enumerate(pieces):
                 with layout.micro_batch(last=i == len(pieces) - 1):
@@ -197,3 +197,15 @@ def test_parameters_are_their_own_outside_of_a_micro_batch(toy, toy_roles, toy_r
     assert within == [torch.bfloat16]
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
     assert model.head.weight.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_one_gpu_agrees_with_the_cpu(train):
+    assert train(master=torch.float64, device="cuda") == pytest.approx(train(master=torch.float64), rel=1e-9)
+
+
+@pytest.mark.gpu
+def test_mixed_precision_on_a_gpu_agrees_with_the_cpu(train):
+    dtypes = {"master": torch.float32, "param": torch.bfloat16, "reduce": torch.float32}
+    # Both round to bfloat16, eight bits of mantissa, after sums in different orders.
+    assert train(**dtypes, device="cuda") == pytest.approx(train(**dtypes), rel=2**-6)

@@ -1,8 +1,9 @@
+import pytest
 import torch
 
 
 def run(model, tokens, **kwargs):
-    return model(tokens, torch.arange(tokens.shape[1]).expand(tokens.shape), **kwargs)
+    return model(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape), **kwargs)
 
 
 def test_stages_with_missing_parts_compose_to_the_whole(tiny, filled):
@@ -46,3 +47,17 @@ def test_tied_embeddings_are_one_parameter(tiny, filled):
     model = filled(tiny, tie_embeddings=True)
     assert model.lm_head.weight is model.tok_embeddings.weight
     assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.gpu
+def test_loss_and_gradients_on_a_gpu_equal_those_on_the_cpu(tiny, filled):
+    tokens = torch.randint(0, tiny.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0] * 7 + [1] * 9] * 2)
+    gradients = {}
+    for device in ("cpu", "cuda"):
+        model = filled(tiny).double().to(device)
+        on_device = tokens.to(device)
+        run(model, on_device, document_ids=ids.to(device), labels=on_device.roll(-1, 1)).backward()
+        gradients[device] = {name: p.grad.cpu() for name, p in model.named_parameters()}
+    for name, gradient in gradients["cpu"].items():
+        torch.testing.assert_close(gradients["cuda"][name], gradient, rtol=1e-9, atol=1e-9)
