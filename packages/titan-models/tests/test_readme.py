@@ -1,12 +1,7 @@
-import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+from readme import run_python
 
 
-def test_every_example_in_the_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), {})
+def test_the_readme_runs_as_it_is_written(tmp_path):
+    run_python(Path(__file__).parents[1] / "README.md", tmp_path)
