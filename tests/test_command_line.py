@@ -193,7 +193,7 @@ def test_no_whole_checkpoint_where_one_is_required(tiny, tmp_path):
     for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
         manifest.unlink()
     error = refused(titan_train("--config", tmp_path / "run" / "config.json", "--checkpoint.resume=required"))
-    assert "There is no whole checkpoint" in error
+    assert "None of the checkpoints" in error
 
 
 def test_a_second_writer_is_refused(tiny, tmp_path):
@@ -257,3 +257,58 @@ def test_other_sinks_get_the_metrics_and_a_tracked_run_continues(corpus, tmp_pat
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     tracked = {path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert len(tracked) == 1  # both parts have the same run id
+
+
+def test_a_run_that_diverges_stops_before_it_replaces_a_good_checkpoint(tiny, tmp_path):
+    train(change(tiny, **{"training.steps": 2}), tmp_path / "run")
+    flags = ["--config", tmp_path / "run" / "config.json", "--training.steps=6", "--optimizer.lr=1e6"]
+    flags += ["--checkpoint.allow-changes", "--optimizer.weight-decay=1000"]
+    result = titan_train(*flags)
+    assert "The run has diverged and stops without saving" in refused(result)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_a_closed_or_full_standard_output_does_not_stop_training(tiny, tmp_path):
+    config = change(tiny, **{"training.steps": 2, "metrics.console": True})
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+
+    def close():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+
+    def fill():
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+    for name, setup in {"closed": close, "full": fill}.items():
+        result = titan_train("--config", path, "--output", tmp_path / name, setup=setup)
+        assert result.returncode == 0, result.stderr
+        assert len(metrics(tmp_path / name)) == 2
+
+
+def test_damaged_checkpoints_are_not_replaced_by_a_new_start(tiny, tmp_path):
+    train(change(tiny, **{"training.steps": 2}), tmp_path / "run")
+    (data,) = (tmp_path / "run" / "checkpoints" / "step-2").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-1])
+    error = refused(titan_train("--config", tmp_path / "run" / "config.json", "--training.steps=3"))
+    assert "None of the checkpoints in" in error
+    assert data.exists()
+
+
+def test_a_lost_config_json_is_found_in_the_checkpoint(tiny, tmp_path):
+    config = change(tiny, **{"training.steps": 2, "output": str(tmp_path / "run")})
+    path = tmp_path / "start.json"
+    path.write_text(to_json(change(config, **{"schedule.total_steps": None})))
+    assert titan_train("--config", path).returncode == 0
+    (tmp_path / "run" / "config.json").unlink()
+    result = titan_train("--config", path, "--training.steps=3")
+    assert result.returncode == 0, result.stderr
+    assert len(curve(metrics(tmp_path / "run"))) == 3
+
+
+def test_a_file_of_the_run_that_is_a_folder_is_a_clear_error(tiny, tmp_path):
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    path = tmp_path / "config.json"
+    path.write_text(to_json(change(tiny, output=str(tmp_path / "run"))))
+    assert "metrics.jsonl" in refused(titan_train("--config", path))

@@ -34,6 +34,7 @@ def edited(tmp_path, edit):
         (lambda v: v.update(device="tpu"), "device is 'tpu'; expected 'auto' or 'cpu' or 'cuda'"),
         (lambda v: v["model"].update(type="nowhere:Model"), "needs nowhere:Model, which cannot be imported"),
         (lambda v: v["model"].update(type="os:getcwd"), "os:getcwd is not a dataclass"),
+        (lambda v: v["model"].update(type=5), "needs 5, which cannot be imported"),
         (lambda v: v.update(model=None), "model is None; expected an object"),
         (lambda v: v.pop("model"), "missing 1 required keyword-only argument: 'model'"),
     ],
@@ -59,9 +60,10 @@ def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(ConfigFileError, match="No such file"):
         read_config(tmp_path / "none.json")
     broken = tmp_path / "broken.json"
-    broken.write_text("{")
-    with pytest.raises(ConfigFileError, match="is not JSON"):
-        read_config(broken)
+    for content in (b"{", b"\xff", b"[" * 100_000):
+        broken.write_bytes(content)
+        with pytest.raises(ConfigFileError, match="is not JSON"):
+            read_config(broken)
     model = tmp_path / "model.json"
     model.write_text(to_json(PRESETS["debug"]))
     with pytest.raises(ConfigFileError, match="holds a Llama3Config, not a TrainConfig"):

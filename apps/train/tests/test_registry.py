@@ -65,3 +65,9 @@ def test_an_error_inside_a_users_module_is_not_hidden(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         load_config("broken_module", "x")
+
+
+def test_a_run_directory_is_not_its_configuration_but_nearly(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RegistryError, match=r"is a run directory; give .*config\.json"):
+        load_config("llama3", str(tmp_path))

@@ -131,6 +131,8 @@ def test_each_line_of_jsonl_is_a_document(tmp_path):
     [
         ('{"text": "cut sho', r"line 3: not JSON \(Unterminated string.* at column 10\)"),
         ("hello", r"line 3: not JSON \(Expecting value at column 1\)"),
+        ("[" * 100_000, r"line 3: JSON that Python does not read \(maximum recursion depth"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", r"line 3: JSON that Python does not read \(Exceeds the limit"),
         ('["text"]', r"line 3: a JSON list, not an object with a field 'text'"),
         ('{"body": "x", "id": 1}', r"line 3: no field 'text'; the line has 'body', 'id'\. .*data\.text_field"),
         ("{}", "line 3: no field 'text'; the line has no fields"),

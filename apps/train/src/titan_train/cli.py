@@ -55,8 +55,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _complain(error: Exception, on_rank: int | None = None) -> None:
-    """Prints what titan's own packages raise, which is written for the user; anything else keeps its traceback."""
-    if not type(error).__module__.startswith("titan_"):
+    """Prints what is for the user: what titan's own packages and the operating system say; the rest is raised."""
+    if not (type(error).__module__.startswith("titan_") or isinstance(error, OSError)):
         raise error
     rank = int(os.environ.get("RANK", "0"))
     if type(error).__name__ == "MainRankError" or on_rank not in (None, rank):
@@ -91,9 +91,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fills in what follows from elsewhere: the end of the decay is fixed by the run's first start."""
     if config.schedule.total_steps is not None:
         return config
-    first = Path(config.output, "config.json") if config.output else None
-    total = read_config(first).schedule.total_steps if first and first.is_file() else config.training.steps
+    first = _recorded_config(Path(config.output)) if config.output else None
+    total = read_config(first).schedule.total_steps if first else config.training.steps
     return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, total_steps=total))
+
+
+def _recorded_config(run_directory: Path) -> Path | None:
+    """The configuration that a run left in its directory or, should that be lost, in a checkpoint."""
+    places = [run_directory / "config.json", *run_directory.glob("checkpoints/step-*/files/config.json")]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _run_name(config: str) -> str:

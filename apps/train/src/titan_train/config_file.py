@@ -40,7 +40,7 @@ def read_config(path: Path) -> TrainConfig:
         values = json.loads(path.read_text())
     except OSError as error:
         raise ConfigFileError(f"Cannot read the configuration file {path}: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigFileError(f"{path} is not JSON: {error}. Expected a config.json that a run wrote.") from error
     config = _decode(TrainConfig, values, str(path))
     if not isinstance(config, TrainConfig):
@@ -94,10 +94,10 @@ def _decode_dataclass(annotation: Any, value: Any, where: str) -> Any:
 
 
 def _import_dataclass(path: str, where: str) -> type:
-    module, _, name = path.partition(":")
+    module, _, name = str(path).partition(":")
     try:
         kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigFileError(
             f"{where} needs {path}, which cannot be imported ({error}); install or add to PYTHONPATH what defines it."
         ) from error

@@ -88,9 +88,12 @@ class Environment:
         return box[0]
 
     def say(self, text: str) -> None:
-        """Prints `text` once, on rank 0."""
+        """Prints `text` once, on rank 0; a closed pipe or a full disk behind standard output never stops training."""
         if self.is_main:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def device_name(self) -> str:
         """What the vendor calls the device, or `cpu`."""

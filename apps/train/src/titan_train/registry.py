@@ -34,6 +34,8 @@ def load_config(module: str, config: str) -> TrainConfig:
     """
     if config.endswith(".json"):
         return read_config(Path(config))
+    if Path(config, "config.json").is_file():
+        raise RegistryError(f"--config {config} is a run directory; give {Path(config, 'config.json')} or --output.")
     namespace = _load_module(module)
     functions = config_functions(namespace)
     if config not in functions:

@@ -1,11 +1,14 @@
 """Where a run goes on from: the newest whole checkpoint of the same experiment."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.checkpointer import Checkpointer
+from titan_ckpt.directory import candidates
 from titan_train.config import TrainConfig
+from titan_train.environment import Environment
 from titan_train.parts import differences
 
 
@@ -34,16 +37,26 @@ class Progress:
         vars(self).update(state)
 
 
-def find_checkpoint(config: TrainConfig, checkpointer: Checkpointer, what: Mapping[str, Any]) -> Checkpoint | None:
+def find_checkpoint(
+    config: TrainConfig, env: Environment, checkpointer: Checkpointer, what: Mapping[str, Any]
+) -> Checkpoint | None:
     """The checkpoint to go on from, or None for a new run.
 
     Raises:
-        ResumeError: if one is required and there is none, if one is there and none is wanted, or if it belongs to
-            another experiment.
+        ResumeError: if one is required and there is none, if one is there and none is wanted, if all are damaged, or
+            if it belongs to another experiment.
     """
     checkpoint = checkpointer.newest_whole()
     mode = config.checkpoint.resume
     if checkpoint is None:
+        folder = Path(config.output or "", "checkpoints")
+        damaged = env.on_main(lambda: [path.name for path in candidates(folder)])
+        if damaged:
+            raise ResumeError(
+                f"None of the checkpoints in {folder} is whole ({', '.join(damaged)}), and starting from the beginning "
+                "would replace them. Restore what they lack, move them away to start anew, or choose a new directory "
+                "with --output."
+            )
         if mode == "required":
             raise ResumeError(
                 f"There is no whole checkpoint in {config.output} to resume from; give the directory of an earlier run "
@@ -54,6 +67,11 @@ def find_checkpoint(config: TrainConfig, checkpointer: Checkpointer, what: Mappi
         raise ResumeError(
             f"{config.output} holds a checkpoint of step {checkpoint.step}, and --checkpoint.resume never forbids "
             "to go on from it; choose a new directory with --output, or --checkpoint.resume auto."
+        )
+    if "what" not in checkpoint.meta:
+        raise ResumeError(
+            f"{checkpoint.path} was not written by titan-train, so it has weights but no run to go on with. Starting a "
+            "run from weights alone is not available in this version; choose a new directory with --output."
         )
     changes = differences(cast(Mapping[str, Any], checkpoint.meta["what"]), what)
     if changes and not config.checkpoint.allow_changes:

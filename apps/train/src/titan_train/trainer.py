@@ -8,6 +8,7 @@ ranks share.
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,10 @@ IGNORED = -100  # the label of a token without loss
 _FINISHED, _INTERRUPTED = 0, 130
 
 
+class DivergedError(RuntimeError):
+    """The loss or its gradient is not finite; going on or saving would only do harm."""
+
+
 def train(config: TrainConfig, *, name: str) -> int:
     """Trains as a validated `config` says, on from where its run directory left off; returns the exit code.
 
@@ -66,7 +71,7 @@ def train(config: TrainConfig, *, name: str) -> int:
             verify_hashes=config.checkpoint.verify_hashes,
             report=env.say,
         )
-        checkpoint = find_checkpoint(config, checkpointer, what)
+        checkpoint = find_checkpoint(config, env, checkpointer, what)
         if checkpoint is not None and checkpoint.step >= config.training.steps:
             env.say(report.already_finished(config, checkpoint.step))
             return _FINISHED
@@ -144,6 +149,7 @@ class Trainer:
                 for hook in hooks:
                     hook.end_step(step)
                 if self.config.checkpoint.enabled and (step.is_last or (every and step.number % every == 0)):
+                    self._refuse_divergence(step)
                     self.save(checkpointer, hooks)
                 if step.is_last:
                     break
@@ -199,6 +205,16 @@ class Trainer:
                 part.backward()
             loss += part.detach()
         return loss
+
+    def _refuse_divergence(self, step: Step) -> None:
+        """Raises `DivergedError` on all ranks if the step's loss or gradient is not finite."""
+        loss, norm = self.env.sum_over_data(step.loss.clone()).item(), step.grad_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise DivergedError(
+                f"The loss is {loss} and the gradient norm {norm} at step {step.number}. The run has diverged and "
+                "stops without saving, so that earlier checkpoints stay. Look for the first such line in metrics.jsonl; a "
+                "lower --optimizer.lr or a longer --schedule.warmup-steps usually helps."
+            )
 
     def save(self, checkpointer: Checkpointer, hooks: Sequence[Hook]) -> None:
         """Writes a checkpoint of the state after the last step, with all that a model needs to be used alone."""

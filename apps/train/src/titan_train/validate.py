@@ -17,13 +17,14 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
     """Why `config` cannot run on `world_size` ranks: one sentence each, with a remedy; empty if it can."""
     return [
         *_platform_problems(),
-        *config.model.problems(),
+        *(ranges := _range_problems(config)),
+        *([] if ranges else config.model.problems()),
         *config.precision.problems(),
         *config.quant.problems(),
         *config.schedule.problems(),
         *config.metrics.problems(),
         *_training_problems(config),
-        *_batch_problems(config, world_size),
+        *([] if ranges else _batch_problems(config, world_size)),
     ]
 
 
@@ -49,19 +50,58 @@ def _platform_problems() -> list[str]:
     return [f"{platform.system()} is not supported; use Linux or macOS (on Windows: WSL 2)."]
 
 
+# What a number may be, both ends included. The upper ends are far above anything trained so far: they catch slips of
+# the keyboard before memory is asked for.
+_RANGES: dict[str, tuple[float, float]] = {
+    "model.vocab_size": (1, 2**24),
+    "model.dim": (1, 2**20),
+    "model.layers": (1, 10_000),
+    "model.heads": (1, 2**16),
+    "model.kv_heads": (1, 2**16),
+    "model.head_dim": (2, 2**14),
+    "model.hidden_dim": (1, 2**22),
+    "model.norm_eps": (0, 1),
+    "model.rope_theta": (1, 1e12),
+    "model.init_std": (0, 100),
+    "data.vocab_size": (1, 2**24),
+    "data.prefetch": (0, 1000),
+    "training.seq_len": (1, 2**24),
+    "training.global_batch_size": (1, 2**24),
+    "training.micro_batch_size": (1, 2**24),
+    "training.steps": (1, 2**40),
+    "training.seed": (-(2**63), 2**63 - 1),
+    "optimizer.lr": (0, 1e6),
+    "optimizer.beta1": (0, 0.999999),
+    "optimizer.beta2": (0, 0.9999999),
+    "optimizer.eps": (0, 1),
+    "optimizer.weight_decay": (0, 1e3),
+    "optimizer.max_grad_norm": (0, 1e12),
+    "checkpoint.every": (0, 2**40),
+    "checkpoint.keep_latest": (0, 2**20),
+}
+
+
+def _range_problems(config: TrainConfig) -> list[str]:
+    found = []
+    for name, (low, high) in _RANGES.items():
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if value is not None and not low <= value <= high:  # which NaN is not either
+            found.append(f"{name} is {value}; it must lie between {low:,} and {high:,}.")
+    for name, value in (("data.source", config.data.source), ("output", config.output)):
+        if value == "":
+            found.append(f"{name} is empty; name a place, or leave it out.")
+    return found
+
+
 def _training_problems(config: TrainConfig) -> list[str]:
-    training, found = config.training, []
-    least = {"seq_len": 1, "global_batch_size": 1, "steps": 1, "micro_batch_size": 1}
-    for name, lowest in least.items():
-        value = getattr(training, name)
-        if value is not None and value < lowest:
-            found.append(f"training.{name} is {value}; it must be at least {lowest}.")
+    found = []
     known = ("norm", "embedding", "bias", "colwise", "rowwise", "head")
     for role in config.optimizer.no_decay:
         if role not in known:
             close = difflib.get_close_matches(role, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            found.append(f"optimizer.no_decay names the unknown role {role!r}{hint} Known: {', '.join(known)}.")
+            hint = f"; did you mean {close[0]!r}" if close else ""
+            found.append(f"optimizer.no_decay names the unknown role {role!r}{hint}. Known: {', '.join(known)}.")
     return found
 
 

@@ -104,6 +104,8 @@ def _field_text(line: bytes, field: str, place: str) -> str:
         raise DataError(
             f"{place}: not JSON ({error.msg} at column {error.colno}). Each line must be one whole JSON object."
         ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
+        raise DataError(f"{place}: JSON that Python does not read ({error}).") from None
     if not isinstance(record, dict):
         raise DataError(f"{place}: a JSON {type(record).__name__}, not an object with a field {field!r}.")
     if field not in record:
