@@ -212,7 +212,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(
                 f"The loss is {loss} and the gradient norm {norm} at step {step.number}. The run has diverged and "
-                "stops without saving, so that earlier checkpoints stay. Look for the first such line in metrics.jsonl; "
+                "stops without saving, so that earlier checkpoints stay. See metrics.jsonl for the first such line; "
                 "a lower --optimizer.lr or a longer --schedule.warmup-steps usually helps."
             )
 
