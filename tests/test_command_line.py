@@ -12,6 +12,7 @@ import time
 import pytest
 
 from runs import change, curve, layout, metrics, titan_train, train
+from titan_ckpt.checkpointer import Checkpointer
 from titan_train.config_file import to_json
 
 TINY_FLAGS = [
@@ -312,3 +313,11 @@ def test_a_file_of_the_run_that_is_a_folder_is_a_clear_error(tiny, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(to_json(change(tiny, output=str(tmp_path / "run"))))
     assert "metrics.jsonl" in refused(titan_train("--config", path))
+
+
+def test_a_checkpoint_that_no_run_wrote_is_refused(tiny, tmp_path):
+    config = change(tiny, **{"training.steps": 2, "output": str(tmp_path / "run")})
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    Checkpointer(tmp_path / "run" / "checkpoints").save(1, {})
+    assert "was not written by titan-train" in refused(titan_train("--config", path))

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -186,3 +188,11 @@ def test_a_python_without_sources_is_an_error(open_source, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(Path("lib").resolve()))
     with pytest.raises(DataError, match=r"no readable source text of its standard library .*data\.source"):
         open_source("stdlib")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such file names")
+def test_a_file_name_that_is_not_utf8_is_only_a_name(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.txt")
+    Path(path).write_text("text")
+    corpus = open_corpus(path, format="auto", text_field="text", memory=tmp_path, progress=lambda message: None)
+    assert corpus.size_bytes == 4

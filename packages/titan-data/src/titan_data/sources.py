@@ -143,7 +143,7 @@ def open_corpus(source: str, *, format: str, text_field: str, memory: Path, prog
     formats = [_format(path, format) for path in paths]
     if text_field != DataConfig.text_field and "jsonl" not in formats:
         raise DataError(f"data.text_field is {text_field!r}, but {source} has no JSONL file that could have fields.")
-    key = hashlib.sha256(f"{place.absolute()} {format}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(f"{place.absolute()} {format}")).hexdigest()[:16]
     hashes = hash_files(paths, memory / f"{key}.json", progress=progress)
     return FileCorpus(
         name=f"standard library of Python {platform.python_version()}" if standard else source,
