@@ -103,8 +103,11 @@ def samples(output: Path, world_size: int) -> dict[int, list[int]]:
     """The ids of the samples of each step's global batch, in order, padding left out; the last reading counts."""
     steps: dict[int, list[int]] = {}
     for rank in range(world_size):
+        path = output / "samples" / f"rank-{rank}.jsonl"
+        if rank and not path.exists():  # fewer ranks read different rows
+            break
         own = {}
-        for line in (output / "samples" / f"rank-{rank}.jsonl").read_text().splitlines():
+        for line in path.read_text().splitlines():
             entry = json.loads(line)
             own[entry["step"]] = [i for i in entry["sample_ids"] if i >= 0]
         for step, ids in own.items():

@@ -22,7 +22,7 @@ def test_dp_shard_takes_what_is_left():
         (ParallelConfig(dp_replicate=2, dp_shard=4), 4, r"dp_replicate 2 x dp_shard 4 = 8 ranks, but 4 were started"),
         (ParallelConfig(dp_shard=0), 4, r"parallel\.dp_shard is 0; it must be -1 \(what is left\) or at least 1"),
         (ParallelConfig(pp=-2), 4, r"parallel\.pp is -2; it must be at least 1"),
-        (ParallelConfig(cp=2), 4, r"parallel\.cp 2 is not available in this version"),
+        (ParallelConfig(pp=2, ep=4), 4, r"parallel\.ep 4 does not divide the 2 ranks of dp_shard x cp x tp.*\[1, 2\]"),
     ],
 )
 def test_impossible_degrees_are_refused_by_name(config, world_size, message):

@@ -14,7 +14,7 @@ def test_a_star_stands_for_one_part():
 def test_roles_of_the_toy_model(toy, toy_roles):
     roles = resolve_roles(toy(), toy_roles)
     assert roles["layers.1"] == "block"
-    assert role_of_parameter("layers.0.up.bias", roles) == "colwise"
+    assert role_of_parameter("layers.0.mix.up.bias", roles) == "colwise"
     assert role_of_parameter("embed.weight", roles) == "embedding"
 
 
@@ -23,7 +23,8 @@ def test_roles_of_the_toy_model(toy, toy_roles):
     [
         ({"head": "haed"}, "unknown role 'haed'.*Did you mean 'head'"),
         ({"layers.*.gate": "colwise"}, r"No module of the model matches the role patterns \['layers.\*.gate'\]"),
-        ({"layers.0.up": "rowwise"}, "'layers.0.up' has the roles .*overlap"),
+        ({"layers.*.mix": "norm"}, "'layers.0.mix.up' is colwise but lies in no region"),
+        ({"layers.0.mix.up": "rowwise"}, "'layers.0.mix.up' has the roles .*overlap"),
     ],
 )
 def test_roles_that_do_not_fit_are_refused(toy, toy_roles, change, message):
@@ -33,6 +34,6 @@ def test_roles_that_do_not_fit_are_refused(toy, toy_roles, change, message):
 
 def test_a_module_with_parameters_and_no_role_is_refused(toy, toy_roles):
     model = toy()
-    model.layers[1].gate = nn.Linear(2, 2)
+    model.layers["1"].gate = nn.Linear(2, 2)
     with pytest.raises(RoleError, match=r"'layers\.1\.gate' holds parameters but has no role"):
         resolve_roles(model, toy_roles)

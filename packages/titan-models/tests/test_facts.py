@@ -4,15 +4,33 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from titan_models.facts import flops_per_token, parameter_shapes, training_flops_per_token
+from titan_models.config import MoEConfig
+from titan_models.facts import (
+    active_parameter_count,
+    flops_per_token,
+    parameter_count,
+    parameter_shapes,
+    training_flops_per_token,
+)
+
+EXPERTS = MoEConfig(experts=8, top_k=3, hidden_dim=40, shared_hidden_dim=16, first_dense_layers=1)
+CHANGES = [{}, {"tie_embeddings": True}, {"qk_norm": True, "moe": EXPERTS}]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_shapes_equal_those_of_the_built_model(tiny, tied):
-    config = dataclasses.replace(tiny, tie_embeddings=tied)
+@pytest.mark.parametrize("changes", CHANGES)
+def test_shapes_equal_those_of_the_built_model(tiny, changes):
+    config = dataclasses.replace(tiny, **changes)
     with torch.device("meta"):
         model = config.build()
-    assert parameter_shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert list(parameter_shapes(config).items()) == list(shapes.items())
+
+
+def test_parameters_of_other_experts_are_not_active(tiny):
+    assert active_parameter_count(tiny) == parameter_count(tiny)
+    config = dataclasses.replace(tiny, moe=EXPERTS)
+    one_expert = 3 * config.dim * EXPERTS.hidden_dim
+    assert parameter_count(config) - active_parameter_count(config) == (8 - 3) * one_expert  # in one of two layers
 
 
 def attention_flops(q, k, v, *args, out_shape, **kwargs):
@@ -21,16 +39,39 @@ def attention_flops(q, k, v, *args, out_shape, **kwargs):
     return 2 * 2 * batch * heads * queries * k[2] * dim
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_flops_equal_those_counted_on_the_model(tiny, filled, tied):
-    config = dataclasses.replace(tiny, tie_embeddings=tied)
+def expert_flops(x, weight, counts, *args, out_shape, **kwargs):
+    """Nor the products of experts: one row of a weight for each row of the input."""
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+def weighted_sum_flops(*args, **kwargs):
+    """The sum of experts' outputs is left out, as other elementwise work is."""
+    return 0
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_flops_equal_those_counted_on_the_model(tiny, filled, changes):
+    config = dataclasses.replace(tiny, **changes)
     length = 64
     model = filled(config)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: attention_flops}) as counter, torch.no_grad():
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+        torch.ops.titan_models.expert_products: expert_flops,
+        torch.ops.aten.bmm: weighted_sum_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.int64), torch.arange(length)[None])
     counted = counter.get_total_flops() / length
-    assert sum(flops_per_token(config, length, causal=False).values()) == pytest.approx(counted, rel=5e-3)
+    assert sum(flops_per_token(config, length, causal=False).values()) == counted
+
+
+def test_flops_are_told_by_module(tiny):
+    config = dataclasses.replace(tiny, moe=EXPERTS)
+    with torch.device("meta"):
+        modules = dict(config.build().named_modules())
+    flops = flops_per_token(config, 64)
+    assert set(flops) <= set(modules)
+    assert flops["layers.1.moe.experts"] == 3 * (2 * 3 * config.dim * EXPERTS.hidden_dim)
 
 
 def test_causal_attention_counts_the_tokens_that_are_seen(tiny):

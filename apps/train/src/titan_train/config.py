@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from titan_ckpt.config import CheckpointConfig
-from titan_core.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from titan_core.config import CompileConfig, OptimizerConfig, ParallelConfig, RematConfig, ScheduleConfig
 from titan_data.config import DataConfig
 from titan_metrics.config import MetricsConfig
 from titan_models.config import DecoderConfig
@@ -33,7 +33,8 @@ class TrainingConfig:
     steps: int = field(default=100, metadata=WHERE)
     """Step to stop at; may be raised later (the decay ends at schedule.total_steps)."""
     log_samples: bool = field(default=False, metadata=WHERE)
-    """Whether each rank writes the ids of the samples it reads to samples/rank-N.jsonl in the run directory."""
+    """Whether each data-parallel rank writes the ids of the samples it reads to samples/rank-N.jsonl in the run
+    directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,11 @@ class TrainConfig:
     # -- How it is laid out. A change here leaves the loss curve as it is.
 
     parallel: ParallelConfig = field(default=ParallelConfig(), metadata=HOW)
-    """Parallel degrees."""
+    """Parallel degrees, and how each parallelism works."""
+    remat: RematConfig = field(default=RematConfig(), metadata=HOW)
+    """Activation recomputation."""
+    compile: CompileConfig = field(default=CompileConfig(), metadata=HOW)
+    """torch.compile."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=HOW)
     """Device to train on; auto: a GPU if there is one. AMD GPUs are `cuda` to PyTorch."""
 

@@ -1,4 +1,4 @@
-"""Where a process finds itself: its device, its rank, the mesh, and how ranks agree with each other."""
+"""Where a process finds itself: its device, its rank, the meshes, and how ranks agree with each other."""
 
 import contextlib
 import os
@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from titan_core.degrees import Degrees, resolve_degrees
 from titan_core.determinism import set_deterministic
-from titan_core.mesh import build_mesh, data_rank, sum_over
+from titan_core.mesh import Meshes, build_meshes, data_rank, sum_over
 from titan_train.config import TrainConfig
 
 T = TypeVar("T")
@@ -28,12 +27,12 @@ class DeviceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Environment:
-    """One process among `degrees.world_size`; `mesh` is None if it is the only one."""
+    """One process among `degrees.world_size`; `meshes` is None if it is the only one."""
 
     device: torch.device
     rank: int
     degrees: Degrees
-    mesh: DeviceMesh | None
+    meshes: Meshes | None
 
     @property
     def is_main(self) -> bool:
@@ -43,15 +42,25 @@ class Environment:
     @property
     def data_rank(self) -> int:
         """This rank's number among those that read different rows."""
-        return 0 if self.mesh is None else data_rank(self.mesh)
+        return 0 if self.meshes is None else data_rank(self.meshes.data)
 
-    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums `tensor` in place over the ranks that read different rows."""
-        return tensor if self.mesh is None else sum_over(tensor, self.mesh)
+    @property
+    def reads_first(self) -> bool:
+        """Whether this process is the first of those that read the same rows (ranks along pp, cp and tp do)."""
+        return self.meshes is None or all(self.meshes.data.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
+
+    @property
+    def stages(self) -> dist.ProcessGroup | None:
+        """The ranks that hold other stages of the same pipeline, with this one; None without a pipeline."""
+        return self.meshes.group("pp") if self.meshes is not None and self.degrees.pp > 1 else None
+
+    def sum_loss(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums `tensor` in place over the ranks whose losses are of different tokens."""
+        return tensor if self.meshes is None else sum_over(tensor, self.meshes.data)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """The sums of `numbers` over all ranks, on the CPU, so that no GPU waits; every rank gets the same."""
-        if self.mesh is None:
+        if self.meshes is None:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(sums)
@@ -81,7 +90,7 @@ class Environment:
         return result
 
     def _share(self, value: Any) -> Any:
-        if self.mesh is None:
+        if self.meshes is None:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
@@ -123,7 +132,8 @@ def environment(config: TrainConfig) -> Iterator[Environment]:
         # Gloo beside nccl: the small numbers that ranks agree on stay on the CPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Environment(device, dist.get_rank(), degrees, build_mesh(degrees, device.type))
+        meshes = build_meshes(degrees, device.type, experts=config.model.moe is not None)
+        yield Environment(device, dist.get_rank(), degrees, meshes)
     finally:
         if joined:
             dist.destroy_process_group()

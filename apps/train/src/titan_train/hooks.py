@@ -73,7 +73,7 @@ class LogMetrics(Hook):
         self._first = step.number if first else self._first
         if not (first or step.is_last or step.number % self._every == 0):
             return
-        loss = self._env.sum_over_data(step.loss.clone()).item()
+        loss = self._env.sum_loss(step.loss.clone()).item()
         values: dict[str, float | int | str] = {
             "loss": loss,
             "grad_norm": step.grad_norm.item(),
@@ -96,7 +96,7 @@ class LogMetrics(Hook):
 
 
 class LogSamples(Hook):
-    """Writes the ids of the samples this rank reads, one JSON object a step."""
+    """Writes the ids of the samples that one data-parallel rank reads, one JSON object a step."""
 
     def __init__(self, run_directory: Path, rank: int) -> None:
         folder = run_directory / "samples"
@@ -118,8 +118,8 @@ def build_hooks(config: TrainConfig, env: Environment, checkpoint: Checkpoint | 
     """The hooks that `config` asks for; `checkpoint` is what the run goes on from."""
     directory = Path(config.output or "")
     hooks: list[Hook] = [_build_log_metrics(config, env, directory, checkpoint)]
-    if config.training.log_samples:
-        hooks.append(LogSamples(directory, env.rank))
+    if config.training.log_samples and env.reads_first:
+        hooks.append(LogSamples(directory, env.data_rank))
     return hooks
 
 

@@ -3,6 +3,7 @@
 from titan_core.degrees import Degrees
 from titan_models.facts import parameter_count
 from titan_train.config import TrainConfig
+from titan_train.rows import Rows
 
 
 def overview(
@@ -11,27 +12,26 @@ def overview(
     *,
     device: str,
     data: str,
-    rows: int,
-    micro_batch_size: int,
+    share: Rows,
     gradient_bytes: int,
 ) -> str:
     """The run in a few lines: model, data, batch and layout, and where it writes."""
     batch, seq_len = config.training.global_batch_size, config.training.seq_len
-    micro_batches = -(-rows // micro_batch_size)
-    padding = rows * degrees.dp - batch
+    rows, micro_batches = share.rows * degrees.dp, share.micro_batches
+    padding = rows - batch
     lines = [
         f"model {parameter_count(config.model):,} parameters, {config.model.layers} layers of width {config.model.dim}",
         data,
         f"batch {batch} sequences of {seq_len} tokens = {batch * seq_len:,} tokens a step; on each rank "
-        f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of up to {micro_batch_size}",
+        f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of up to {share.micro_batch_size}",
         f"layout {_layout(degrees)} on {device}",
         f"run directory {config.output}",
     ]
     if padding:
-        share = padding / (rows * degrees.dp)
+        wasted = padding / rows
         lines.append(
-            f"note: {degrees.dp} data-parallel ranks do not divide {batch} sequences; {padding} of {rows * degrees.dp} "
-            f"rows a step are padding, {share:.0%} of the work is wasted"
+            f"note: {batch} sequences do not fill the micro-batches of {degrees.dp} data-parallel ranks; {padding} "
+            f"of {rows} rows a step are padding, {wasted:.0%} of the work is wasted"
         )
     if gradient_bytes:
         lines.append(

@@ -20,13 +20,14 @@ from torch import Tensor
 from titan_ckpt.checkpointer import Checkpointer
 from titan_core.clip import clip_gradients
 from titan_core.init import init_parameters, materialize
-from titan_core.optim import ModelState, OptimizerState, build_adamw, set_lr
+from titan_core.optim import ModelState, OptimizerState, build_optimizer, set_lr
 from titan_core.parallelize import parallelize
 from titan_core.rng import RngState
 from titan_core.roles import resolve_roles
 from titan_core.schedule import lr_factor
 from titan_data.dataset import TokenDataset, open_dataset
 from titan_data.loader import Batch, BatchLoader
+from titan_models.facts import flops_per_token
 from titan_quant.device import nvidia_capability
 from titan_quant.policy import resolve_dtypes
 from titan_quant.recipes import resolve_recipe
@@ -38,6 +39,7 @@ from titan_train.hooks import Hook, Step, build_hooks
 from titan_train.interrupt import Interrupt
 from titan_train.parts import fingerprint, what_of
 from titan_train.resume import Progress, find_checkpoint
+from titan_train.rows import share_rows
 from titan_train.run_directory import RunDirectory, default_directory
 from titan_train.validate import check_vocabulary
 
@@ -96,27 +98,36 @@ class Trainer:
         resolve_recipe(config.quant.recipe, nvidia_capability(env.device.type), env.device.type)
 
         with torch.device("meta"):
-            self.model = config.model.build().to(dtypes.master)
-        roles = resolve_roles(self.model, config.model.roles())
+            model = config.model.build().to(dtypes.master)
+        roles = resolve_roles(model, config.model.roles())
+        share = share_rows(config.training, env.degrees)
         self.layout = parallelize(
-            self.model, roles, env.mesh, config.parallel, param_dtype=dtypes.param, reduce_dtype=dtypes.reduce
+            model,
+            roles,
+            env.meshes,
+            config.parallel,
+            micro_batch_size=share.micro_batch_size,
+            param_dtype=dtypes.param,
+            reduce_dtype=dtypes.reduce,
+            remat=config.remat,
+            compiling=config.compile,
+            costs=flops_per_token(config.model, config.training.seq_len),
+            costly=config.model.costly_operators(),
         )
-        materialize(self.model, env.device)
+        self.model = self.layout.model
+        materialize(self.model, torch.device("cpu") if config.parallel.cpu_offload else env.device)
         init_parameters(self.model, config.model.init_rules(), config.training.seed)
-        self.optimizer = build_adamw(self.model, roles, config.optimizer)
+        self.optimizer = build_optimizer(self.model, roles, config.optimizer)
 
-        batch = config.training.global_batch_size
-        rows = -(-batch // env.degrees.dp)  # rounded up: the last ranks pad
-        self.micro_batch_size = min(config.training.micro_batch_size or rows, rows)
         self.loader = BatchLoader(
             dataset,
             seq_len=config.training.seq_len,
-            global_batch_size=batch,
+            global_batch_size=config.training.global_batch_size,
             seed=config.training.seed,
             shuffle=config.data.shuffle,
             confine_attention=config.data.confine_attention,
             rank=env.data_rank,
-            rows=rows,
+            rows=share.rows,
             prefetch=config.data.prefetch,
         )
         self.progress = Progress()
@@ -133,8 +144,7 @@ class Trainer:
                 env.degrees,
                 device=env.device_name(),
                 data=dataset.describe(),
-                rows=rows,
-                micro_batch_size=self.micro_batch_size,
+                share=share,
                 gradient_bytes=self.layout.gradient_bytes(),
             )
         )
@@ -164,14 +174,16 @@ class Trainer:
         batch = next(self.loader)
         waited = time.perf_counter() - waiting
         # One small exchange carries all that ranks must agree on before the step.
-        valid, stops = self.env.agree([int((batch["labels"] != IGNORED).sum()), int(stop)])
+        own_valid = int((batch["labels"] != IGNORED).sum()) if self.env.reads_first else 0
+        valid, stops = self.env.agree([own_valid, int(stop)])
 
-        loss = self._accumulate(batch, valid)
-        grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        loss = self.layout.accumulate(self._inputs(batch, valid), divisor=max(valid, 1))
+        grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm, self.env.stages)
         lr = self.config.optimizer.lr * lr_factor(self.config.schedule, number)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.layout.routers.finish_step()
 
         tokens = self.config.training.global_batch_size * self.config.training.seq_len
         self.progress.advance(tokens)
@@ -188,27 +200,18 @@ class Trainer:
             sample_ids=batch["sample_ids"],
         )
 
-    def _accumulate(self, batch: Batch, valid: int) -> Tensor:
-        """Adds up gradients of the mean loss over `valid` tokens; returns this rank's share of that loss."""
-        self.layout.begin_step()
-        pieces = {name: tensor.split(self.micro_batch_size) for name, tensor in batch.items()}
-        count = len(pieces["tokens"])
-        loss = torch.zeros((), device=self.env.device, dtype=torch.float64)
-        for i in range(count):
-            tokens, positions, documents, labels = (
-                pieces[name][i].to(self.env.device, non_blocking=True)
-                for name in ("tokens", "positions", "document_ids", "labels")
-            )
-            confined = documents if self.config.data.confine_attention else None
-            with self.layout.micro_batch(last=i == count - 1):
-                part = self.model(tokens, positions, confined, labels) / max(valid, 1)
-                part.backward()
-            loss += part.detach()
-        return loss
+    def _inputs(self, batch: Batch, valid: int) -> dict[str, Tensor]:
+        """What the model reads of a batch, on its device; `valid` tokens of the global batch carry loss."""
+        names = ["tokens", "positions", "labels"] + ["document_ids"] * self.config.data.confine_attention
+        inputs = {name: batch[name] for name in names}
+        if self.config.model.moe is not None:
+            # Each row's share of the mean loss, by which its auxiliary losses count.
+            inputs["row_weights"] = (batch["labels"] != IGNORED).sum(1, dtype=torch.float64) / max(valid, 1)
+        return {name: tensor.to(self.env.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _refuse_divergence(self, step: Step) -> None:
         """Raises `DivergedError` on all ranks if the step's loss or gradient is not finite."""
-        loss, norm = self.env.sum_over_data(step.loss.clone()).item(), step.grad_norm.item()
+        loss, norm = self.env.sum_loss(step.loss.clone()).item(), step.grad_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(
                 f"The loss is {loss} and the gradient norm {norm} at step {step.number}. The run has diverged and "

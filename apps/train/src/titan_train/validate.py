@@ -3,8 +3,10 @@
 import difflib
 import platform
 
-from titan_core.degrees import degree_problems, resolve_degrees
+from titan_core.degrees import Degrees, degree_problems, resolve_degrees
+from titan_core.limits import Shapes, limit_problems
 from titan_train.config import TrainConfig
+from titan_train.rows import share_rows
 
 _PLATFORMS = ("Linux", "Darwin")
 
@@ -96,7 +98,7 @@ def _range_problems(config: TrainConfig) -> list[str]:
 
 def _training_problems(config: TrainConfig) -> list[str]:
     found = []
-    known = ("norm", "embedding", "bias", "colwise", "rowwise", "head")
+    known = ("norm", "head_norm", "embedding", "bias", "colwise", "rowwise", "gate", "experts", "head")
     for role in config.optimizer.no_decay:
         if role not in known:
             close = difflib.get_close_matches(role, known, 1)
@@ -108,13 +110,30 @@ def _training_problems(config: TrainConfig) -> list[str]:
 def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
     if found := degree_problems(config.parallel, world_size):
         return found
-    batch, dp = config.training.global_batch_size, resolve_degrees(config.parallel, world_size).dp
-    if batch < dp:
+    batch, degrees = config.training.global_batch_size, resolve_degrees(config.parallel, world_size)
+    if batch < degrees.dp:
         return [
-            f"training.global_batch_size {batch} is smaller than the {dp} data-parallel ranks (dp_replicate x "
-            f"dp_shard), so some would have nothing to read; raise it to {dp} or more, or start fewer ranks."
+            f"training.global_batch_size {batch} is smaller than the {degrees.dp} data-parallel ranks (dp_replicate x "
+            f"dp_shard), so some would have nothing to read; raise it to {degrees.dp} or more, or start fewer ranks."
         ]
-    return []
+    return _limit_problems(config, degrees)
+
+
+def _limit_problems(config: TrainConfig, degrees: Degrees) -> list[str]:
+    model = config.model
+    shapes = Shapes(
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        layers=model.layers,
+        vocab_size=model.vocab_size,
+        seq_len=config.training.seq_len,
+        micro_batches=share_rows(config.training, degrees).micro_batches,
+        experts=model.moe.experts if model.moe else None,
+        tied=model.tie_embeddings,
+    )
+    # On a login node `auto` is what will be on the others; only what is certain is refused.
+    device = "cuda" if config.device == "auto" else config.device
+    return limit_problems(config.parallel, degrees, shapes, remat=config.remat, compiling=config.compile, device=device)
 
 
 def _ranks(world_size: int) -> str:

@@ -11,11 +11,11 @@ from torch.distributed import ProcessGroup
 from titan_core.shards import is_dtensor, local
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter], stages: ProcessGroup | None = None) -> Tensor:
     """The Euclidean norm of all gradients together: a scalar in at least float32, equal on all ranks.
 
     Each element counts once: squares are summed over the mesh dimensions along which a gradient is cut, and not
-    over those along which it is replicated.
+    over those along which it is replicated. `stages`: the ranks that hold other parameters, in a pipeline.
     """
     parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
@@ -28,7 +28,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
         for group in groups:
             dist.all_reduce(square, group=group)
         squares.append(square)
-    return torch.stack(squares).sum().sqrt()
+    total = torch.stack(squares).sum()
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
+    return total.sqrt()
 
 
 def _groups(gradient: Tensor) -> tuple[ProcessGroup, ...]:
@@ -36,17 +39,18 @@ def _groups(gradient: Tensor) -> tuple[ProcessGroup, ...]:
     if not is_dtensor(gradient):
         return ()
     mesh, placements = gradient.device_mesh, gradient.placements
-    return tuple(mesh.get_group(i) for i, p in enumerate(placements) if p.is_shard() and mesh.size(i) > 1)
+    # Not is_shard(): a parameter that two axes cut along one dimension has a placement that denies it.
+    return tuple(mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1)
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, stages: ProcessGroup | None = None) -> Tensor:
     """Scales all gradients by min(1, max_norm / norm) without waiting for the device; returns the norm before.
 
-    `max_norm` 0 leaves the gradients as they are.
+    `max_norm` 0 leaves the gradients as they are. `stages` as for `gradient_norm`.
     """
     parameters = list(parameters)
-    norm = gradient_norm(parameters)
+    norm = gradient_norm(parameters, stages)
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter in parameters:

@@ -10,6 +10,11 @@ from typing import Literal
 HOW = {"part": "how"}
 
 
+Schedule = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How many ranks share the work, and along which lines. None of it changes the loss curve."""
@@ -19,42 +24,177 @@ class ParallelConfig:
     dp_shard: int = -1
     """Ranks over which parameters, gradients and optimizer states are sharded (FSDP2); -1: what is left."""
     tp: int = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks: every weight matrix is cut over them."""
     cp: int = 1
-    """Context-parallel ranks."""
+    """Context-parallel ranks: every sequence is cut over them."""
     pp: int = 1
-    """Pipeline stages."""
+    """Pipeline-parallel ranks: the layers are cut over them."""
     ep: int = 1
-    """Expert-parallel ranks."""
+    """Expert-parallel ranks, taken from dp_shard x cp x tp: the experts are cut over them."""
     grad_sync: Literal["auto", "last", "every"] = "auto"
     """When gradients are reduced while accumulating: after `every` micro-batch, or after the `last` only, which
     communicates less but keeps whole gradients in memory. `auto` reduces over shards every time and over
-    replicas last."""
-    reshard_after_forward: bool = True
-    """Whether FSDP frees gathered parameters between forward and backward."""
+    replicas last. A pipeline always reduces last."""
+    reshard_after_forward: Literal["default", "always", "never"] | int = "default"
+    """Whether FSDP frees gathered parameters between forward and backward; a number: shards them over only so many
+    ranks until backward. `default` frees them except in a pipeline, and except what the backward needs first."""
+    cpu_offload: bool = False
+    """Whether parameters, gradients and optimizer states live in the host's memory, for GPUs with too little."""
+    sequence_parallel: bool = True
+    """Whether tp also cuts the hidden states between regions along the sequence."""
+    async_tp: bool = False
+    """Whether tp overlaps its communication with matrix products (needs --compile.enabled and GPUs with symmetric
+    memory)."""
+    cp_method: Literal["ring", "allgather", "ulysses"] = "ring"
+    """How context-parallel attention sees other ranks' tokens: keys and values passed around a ring, gathered, or heads
+    exchanged for tokens."""
+    cp_load_balance: bool = True
+    """Whether each cp rank takes a part of a sequence's beginning and one of its end, so that causal attention costs
+    all ranks the same."""
+    pp_schedule: Schedule = "1F1B"
+    """Order of the pipeline's micro-batches."""
+    pp_schedule_csv: str | None = None
+    """CSV file with one line a rank of actions such as 0F0, 0B0, 0I0, 0W0 (stage, action, micro-batch), used instead of
+    pp_schedule."""
+    pp_stages_per_rank: int | None = None
+    """Stages on each pipeline rank; None: as many as pp_schedule needs."""
+    pp_split: tuple[str, ...] = ()
+    """FQNs of the blocks with which the second and all later stages begin; empty: balanced by cost."""
     deterministic: bool = False
     """Use only kernels that give the same bits for the same input; slower on GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and gradient clipping."""
+class RematConfig:
+    """Activation recomputation (activation checkpointing)."""
 
+    mode: Literal["none", "full", "selective", "budget"] = "none"
+    """`full` keeps only a block's input; `selective` keeps the results of save_ops too; `budget` lets the compiler
+    choose (needs --compile.enabled)."""
+    every: int = 1
+    """Recompute every n-th block only."""
+    save_ops: tuple[str, ...] = ()
+    """Operators whose results `selective` keeps, such as aten.mm.default; empty: matrix products, attention and
+    communication."""
+    budget: float = 0.5
+    """Share of a block's activations that `budget` keeps, 0 to 1."""
+
+    def problems(self) -> list[str]:
+        """Every value out of range, each as one sentence; empty if there is none."""
+        problems = []
+        if self.every < 1:
+            problems.append(f"remat.every is {self.every}; it must be at least 1.")
+        if not 0 <= self.budget <= 1:
+            problems.append(f"remat.budget is {self.budget}; it must lie between 0 and 1.")
+        if self.save_ops and self.mode != "selective":
+            problems.append(f"remat.save_ops has no effect with --remat.mode {self.mode}; use --remat.mode selective.")
+        if self.mode == "none" and self.every > 1:
+            problems.append("remat.every has no effect with --remat.mode none; use full or selective.")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """torch.compile of each block."""
+
+    enabled: bool = False
+    """Whether blocks are compiled."""
+    backend: str = "inductor"
+    """Compiler backend; aot_eager traces without generating code."""
+    fullgraph: bool = False
+    """Whether a block that does not compile as a whole is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Muon: momentum whose matrices are made orthogonal before they are added."""
+
+    momentum: float = 0.95
+    """Decay rate of the momentum."""
+    nesterov: bool = True
+    """Whether the momentum looks ahead by the latest gradient."""
+    ns_steps: int = 5
+    """Iterations of Newton-Schulz, which bring the singular values of an update near 1."""
+    ns_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Dtype of these iterations, and of what ranks send each other for them."""
+    scale: Literal["rms", "spectral"] = "rms"
+    """Size of an update of rows x columns: `rms` 0.2 * sqrt(max(rows, columns)), so that learning rates and weight
+    decays of AdamW fit; `spectral` sqrt(max(1, rows / columns)), as Muon was first published."""
+
+    def problems(self) -> list[str]:
+        """Every value out of range, each as one sentence; empty if there is none."""
+        problems = []
+        if not 0 <= self.momentum < 1:
+            problems.append(f"optimizer.muon.momentum is {self.momentum}; it must lie between 0 and 1, without 1.")
+        if not 1 <= self.ns_steps <= 100:
+            problems.append(f"optimizer.muon.ns_steps is {self.ns_steps}; it must lie between 1 and 100 (5 is usual).")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamGroupConfig:
+    """Some parameters, named by role or by FQN, and what the optimizer does differently with them."""
+
+    roles: tuple[str, ...] = ()
+    """Roles of the modules that own them; `bias` stands for every bias."""
+    patterns: tuple[str, ...] = ()
+    """Their FQNs, in which `*` stands for one part between dots, such as layers.*.attention.wq.weight."""
+    lr_factor: float = 1.0
+    """Their learning rate as a multiple of the others'."""
+    weight_decay: float | None = None
+    """Their weight decay; None: the usual one of their roles."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """What moves them; None: what optimizer.name says of their roles."""
+
+    def problems(self, where: str) -> list[str]:
+        """Every value out of range, each as one sentence that begins with `where`; empty if there is none."""
+        problems = []
+        if not self.roles and not self.patterns:
+            problems.append(f"{where} names no parameters; give it roles or patterns.")
+        if not 0 <= self.lr_factor <= 1e6:
+            problems.append(f"{where}.lr_factor is {self.lr_factor}; it must lie between 0 and 1,000,000.")
+        if self.weight_decay is not None and not 0 <= self.weight_decay <= 1e3:
+            problems.append(f"{where}.weight_decay is {self.weight_decay}; it must lie between 0 and 1,000.")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW or Muon, parameter groups, and gradient clipping."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """What moves the matrices inside of blocks; everything else (embedding, head, norms, biases) is AdamW's."""
     lr: float = 3e-4
     """Peak learning rate."""
     beta1: float = 0.9
-    """Decay rate of the first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    """Decay rate of the second moment."""
+    """Decay rate of AdamW's second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay, times the learning rate at each step."""
-    no_decay: tuple[str, ...] = ("norm", "embedding", "bias")
+    no_decay: tuple[str, ...] = ("norm", "head_norm", "embedding", "bias")
     """Roles without weight decay; `bias` stands for every bias. A head that shares the embedding's weight counts
     as embedding."""
     max_grad_norm: float = 1.0
     """Gradients whose global norm is larger are scaled down to it; 0 switches clipping off."""
+    muon: MuonConfig = MuonConfig()
+    groups: tuple[ParamGroupConfig, ...] = ()
+    """Parameters that are treated differently; the first group that fits a parameter counts."""
+
+    def uses_muon(self) -> bool:
+        """Whether Muon moves any parameter."""
+        return self.name == "muon" or any(group.optimizer == "muon" for group in self.groups)
+
+    def problems(self) -> list[str]:
+        """What is out of range in `muon` and `groups`, or has no effect, each as one sentence; empty if nothing is."""
+        problems = self.muon.problems()
+        for i, group in enumerate(self.groups):
+            problems += group.problems(f"optimizer.groups[{i}]")
+        if self.muon != MuonConfig() and not self.uses_muon():
+            problems.append("optimizer.muon has no effect with --optimizer.name adamw; use --optimizer.name muon.")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)

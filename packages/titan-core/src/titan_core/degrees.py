@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from titan_core.config import ParallelConfig
 
-# Degrees that this version lays out; the others are refused, never ignored.
-_LAID_OUT = ("dp_replicate", "dp_shard")
 _GRID = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
@@ -54,12 +52,7 @@ def degree_problems(config: ParallelConfig, world_size: int) -> list[str]:
             problems.append(
                 f"parallel.{name} {degree} does not divide the {world_size} ranks; use one of {divisors(world_size)}."
             )
-        elif degree > 1 and name not in _LAID_OUT:
-            problems.append(
-                f"parallel.{name} {degree} is not available in this version; leave parallel.{name} at 1 and use "
-                "parallel.dp_shard or parallel.dp_replicate."
-            )
-    return problems or _product_problems(config, world_size)
+    return problems or _product_problems(config, world_size) or _expert_problems(config, world_size)
 
 
 def _product_problems(config: ParallelConfig, world_size: int) -> list[str]:
@@ -75,6 +68,16 @@ def _product_problems(config: ParallelConfig, world_size: int) -> list[str]:
     elif product != world_size:
         remedy = f"start {product} ranks (torchrun --nproc-per-node {product}), or set parallel.dp_shard to -1"
         return [f"parallel: {spelt} = {product} ranks, but {world_size} were started; {remedy}."]
+    return []
+
+
+def _expert_problems(config: ParallelConfig, world_size: int) -> list[str]:
+    inner = world_size // (config.pp * config.dp_replicate)
+    if inner % config.ep:
+        return [
+            f"parallel.ep {config.ep} does not divide the {inner} ranks of dp_shard x cp x tp, from which experts take "
+            f"theirs; use one of {divisors(inner)}."
+        ]
     return []
 
 

@@ -24,7 +24,7 @@ _CUT = 3.0
 
 
 class InitError(ValueError):
-    """A parameter has no initialisation rule, or its rule is unknown."""
+    """A parameter or buffer has no initialisation rule, or its rule is unknown."""
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -45,15 +45,15 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def init_parameters(model: nn.Module, rules: Mapping[str, tuple[str, float]], seed: int) -> None:
-    """Fills every parameter by its rule: ("normal", standard deviation) or ("constant", value).
+    """Fills every parameter and buffer by its rule: ("normal", standard deviation) or ("constant", value).
 
     `rules` maps FQN patterns (`*` stands for one part between dots) to rules; the first that fits counts. Normal
     numbers are cut at three standard deviations. Draws are made in float32 and rounded to the parameter's dtype.
 
     Raises:
-        InitError: if a parameter has no rule or an unknown one; nothing is changed then.
+        InitError: if a parameter or buffer has no rule or an unknown one; nothing is changed then.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     chosen = {fqn: _rule(fqn, rules) for fqn in parameters}
     # NumPy's generators release the interpreter's lock; ranks on one machine share its processors.
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -70,7 +70,7 @@ def init_parameters(model: nn.Module, rules: Mapping[str, tuple[str, float]], se
 def _rule(fqn: str, rules: Mapping[str, tuple[str, float]]) -> tuple[str, float]:
     pattern = first_match(rules, fqn)
     if pattern is None:
-        raise InitError(f"Parameter {fqn!r} has no initialisation rule; add a pattern for it to the model's rules.")
+        raise InitError(f"{fqn!r} has no initialisation rule; add a pattern for it to the model's rules.")
     kind, value = rules[pattern]
     if kind not in ("normal", "constant"):
         raise InitError(f"Rule {pattern!r} is of the unknown kind {kind!r}; known are 'normal' and 'constant'.")

@@ -1,4 +1,4 @@
-"""AdamW with weight decay by role, and optimizer state keyed by parameter name."""
+"""The optimizer of a model by role and parameter group, and optimizer state keyed by parameter name."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,35 +8,50 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from titan_core.config import OptimizerConfig
-from titan_core.roles import role_of_parameter
+from titan_core.muon import Muon
+from titan_core.param_groups import group_parameters
 
 
-def build_adamw(model: nn.Module, roles: Mapping[str, str], config: OptimizerConfig) -> Optimizer:
-    """AdamW (arXiv 1711.05101, algorithm 2) in two groups, with and without weight decay; fused where possible.
+def build_optimizer(model: nn.Module, roles: Mapping[str, str], config: OptimizerConfig) -> Optimizer:
+    """AdamW (arXiv 1711.05101, algorithm 2), fused where possible, or Muon for the matrices and AdamW for the rest.
 
-    `roles` as `resolve_roles` returns them.
+    `roles` as `resolve_roles` returns them for the whole model, of which `model` may be a pipeline's part. All ranks
+    that share parameters must call it together: Muon may make process groups.
+
+    Raises:
+        ParamGroupError: if a group of `config` does not fit the model.
     """
-    decayed, others = [], []
-    for fqn, parameter in model.named_parameters():
-        role = "bias" if fqn.endswith(".bias") else role_of_parameter(fqn, roles)
-        (others if role in config.no_decay else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups: dict[str, list[dict[str, Any]]] = {"adamw": [], "muon": []}
+    for treatment, parameters in group_parameters(model, roles, config).items():
+        groups[treatment.optimizer].append(
+            {
+                "params": parameters,
+                "lr": config.lr * treatment.lr_factor,
+                "lr_factor": treatment.lr_factor,
+                "weight_decay": treatment.weight_decay,
+            }
+        )
+    adamw, muon = groups["adamw"], groups["muon"]
+    if not muon:
+        return _adamw(adamw, config)
+    return Muon(muon, config.muon, others=_adamw(adamw, config) if adamw else None)
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
+    parameters = [parameter for group in groups for parameter in group["params"]]
     return AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in model.parameters()),
+        fused=all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in parameters),
     )
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group."""
+    """Sets the learning rate of every group to `lr`, times the group's `lr_factor` if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 class ModelState:

@@ -8,12 +8,17 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 
 class RoleError(ValueError):
     """A model and its roles do not fit; the message names the module or pattern."""
+
+
+# What tensor parallelism does with a module; titan_core.tensor says how.
+TensorStyle = Literal["vocabulary", "region", "column", "row", "sequence", "heads", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +28,36 @@ class Role:
     meaning: str
     """What a module with this role does, and how it is called."""
     unit: bool = False
-    """Whether FSDP gathers its parameters together with everything below it, on its own."""
+    """Whether FSDP gathers its parameters together with everything below it, on its own; what activation
+    recomputation, compilation and pipeline splitting work on."""
+    tensor: TensorStyle | None = None
+    """How tensor parallelism changes it."""
+    context: bool = False
+    """Whether context parallelism replaces it."""
+    expert: bool = False
+    """Whether its parameters have one slice an expert, which expert parallelism cuts."""
+    routes: bool = False
+    """Whether it counts tokens, over whole rows and whole batches."""
 
 
 ROLES: Mapping[str, Role] = {
-    "embedding": Role(meaning="looks up tokens [B, S] -> [B, S, D]", unit=True),
+    "embedding": Role(meaning="looks up tokens [B, S] -> [B, S, D]", unit=True, tensor="vocabulary"),
     "block": Role(meaning="one layer, hidden [B, S, D] -> [B, S, D]", unit=True),
-    "colwise": Role(meaning="a linear layer into an inner dimension, [.., D] -> [.., F]"),
-    "rowwise": Role(meaning="a linear layer back to the residual stream, [.., F] -> [.., D]"),
-    "attention": Role(meaning="attention(q, k, v, positions, document_ids) on [B, S, heads, H]"),
-    "norm": Role(meaning="normalises the last dimension, [.., D] -> [.., D]"),
-    "head": Role(meaning="head(hidden, labels=None): logits [B, S, V], or the summed loss"),
+    "region": Role(
+        meaning="a part between two points of the residual stream, region(hidden [B, S, D], ...) -> [B, S, D]",
+        tensor="region",
+    ),
+    "colwise": Role(meaning="a linear layer of a region into an inner dimension, [.., D] -> [.., F]", tensor="column"),
+    "rowwise": Role(meaning="the linear layer of a region back to the stream, [.., F] -> [.., D]", tensor="row"),
+    "attention": Role(meaning="attention(q, k, v, positions, document_ids) on [B, S, heads, H]", context=True),
+    "norm": Role(meaning="normalises the last dimension of the stream, [.., D] -> [.., D]", tensor="sequence"),
+    "head_norm": Role(meaning="normalises each head, [.., heads, H] -> [.., heads, H]", tensor="heads"),
+    "router": Role(
+        meaning="chooses experts; has `load` [E], `sum_over_sequence` and finish_step(load [E])", routes=True
+    ),
+    "gate": Role(meaning="the linear layer of a router, hidden [.., D] -> [.., E]", tensor="sequence"),
+    "experts": Role(meaning="experts(x [T, D] sorted by expert, counts [E]) -> [T, D]", expert=True),
+    "head": Role(meaning="head(hidden, labels=None): logits [B, S, V], or the summed loss", tensor="loss"),
 }
 
 
@@ -42,7 +66,8 @@ def resolve_roles(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, st
 
     Raises:
         RoleError: if a role is unknown, a pattern matches nothing, two patterns with different roles match one
-            module, or a module holds parameters of its own but has no role (it would silently miss a technique).
+            module, a module holds parameters of its own but has no role (it would silently miss a technique), or
+            a colwise or rowwise layer lies outside of every region.
     """
     for pattern, role in patterns.items():
         if role not in ROLES:
@@ -61,9 +86,28 @@ def resolve_roles(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, st
             resolved[fqn] = found.pop()
         elif next(module.parameters(recurse=False), None) is not None:
             raise RoleError(f"Module {fqn!r} holds parameters but has no role; add its name to the model's roles.")
+    _check_regions(resolved)
     if unused:
         raise RoleError(f"No module of the model matches the role patterns {sorted(unused)}.")
     return resolved
+
+
+def _check_regions(resolved: Mapping[str, str]) -> None:
+    for fqn, role in resolved.items():
+        if role in ("colwise", "rowwise") and enclosing(fqn, resolved, "region") is None:
+            raise RoleError(
+                f"Module {fqn!r} is {role} but lies in no region; give the module around it, whose input and output "
+                f"are hidden states, the role 'region'."
+            )
+
+
+def enclosing(fqn: str, roles: Mapping[str, str], role: str) -> str | None:
+    """The FQN of the innermost module around `fqn` that has `role`, or None."""
+    while fqn:
+        fqn = fqn.rpartition(".")[0]
+        if roles.get(fqn) == role:
+            return fqn
+    return None
 
 
 def role_of_parameter(fqn: str, roles: Mapping[str, str]) -> str:

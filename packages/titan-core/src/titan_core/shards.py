@@ -29,3 +29,15 @@ def owned(tensor: Tensor) -> tuple[slice, ...]:
 
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def unsharded_size(tensor: Tensor, *axes: str) -> int:
+    """Elements of this rank's part of `tensor` if it were whole along the mesh `axes`."""
+    if not is_dtensor(tensor):
+        return tensor.numel()
+    names = tensor.device_mesh.mesh_dim_names or ()
+    cut = 1
+    for i, placement in enumerate(tensor.placements):
+        if not placement.is_replicate() and names[i] not in axes:
+            cut *= tensor.device_mesh.size(i)
+    return tensor.numel() // cut

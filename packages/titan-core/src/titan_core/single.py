@@ -11,12 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from titan_core.micro_batches import MicroBatchLoop
+from titan_core.routers import Routers
 
-class SingleDevice:
+
+class SingleDevice(MicroBatchLoop):
     """Runs micro-batches of `model` on one device, with parameters and gradients cast as asked."""
 
-    def __init__(self, model: nn.Module, *, param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, size: int, routers: Routers, *, param_dtype: torch.dtype, reduce_dtype: torch.dtype
+    ) -> None:
+        super().__init__(model, size, routers)
         self._param_dtype = param_dtype
         self._reduce_dtype = reduce_dtype
         self._slots: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -31,7 +36,7 @@ class SingleDevice:
             torch._foreach_copy_(list(self._copies.values()), list(self._copies))
 
     def _make_copies(self) -> None:
-        for module in self._model.modules():
+        for module in self.model.modules():
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if parameter.dtype == self._param_dtype:
                     continue

@@ -11,9 +11,14 @@ from titan_models.rope import apply_rope
 class Attention(nn.Module):
     """Projects to queries, keys and values, turns queries and keys by their positions, attends, projects back.
 
+    With `config.qk_norm` each head of queries and keys is normalised first (arXiv 2302.05442, sec. 2; here by RMSNorm).
+
     The numbers of heads are read from the activations, not from the configuration: a module that holds a part
     of the heads works as it is.
     """
+
+    q_norm: nn.RMSNorm | None
+    k_norm: nn.RMSNorm | None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -21,12 +26,16 @@ class Attention(nn.Module):
         self.wq = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.sdpa = DotProductAttention()
         self.wo = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, document_ids: Tensor | None) -> Tensor:
         """`x` [B, S, D] -> [B, S, D]; `rope` is the table of `rope_table` for `positions` [B, S]."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         mixed = self.sdpa(apply_rope(q, rope), apply_rope(k, rope), v, positions, document_ids)
         return self.wo(mixed.flatten(-2))
 

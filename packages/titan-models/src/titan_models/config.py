@@ -6,7 +6,7 @@ A family (see `titan_models.families.llama3`) subclasses `DecoderConfig` and add
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from titan_models.decoder import Decoder
@@ -31,6 +31,80 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Feed-forward layers that hand each token to a few of many experts; no token is ever dropped."""
+
+    experts: int = 8
+    """E: experts a layer."""
+    top_k: int = 2
+    """k: experts that each token is handed to."""
+    hidden_dim: int = 256
+    """Width of one expert."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become scores: against those of the other experts, or each for itself."""
+    normalize_weights: bool = True
+    """Whether the scores of a token's k experts are divided by their sum before they weight the outputs."""
+    route_scale: float = 1.0
+    """Factor on these weights."""
+    groups: int = 1
+    """Groups of neighbouring experts; a token may choose from the best `top_groups` of them (arXiv 2412.19437)."""
+    top_groups: int = 1
+    """Groups a token may choose from; a group counts as much as its two best experts together."""
+    shared_hidden_dim: int = 0
+    """Width of a feed-forward layer that every token passes beside its experts; 0: none."""
+    first_dense_layers: int = 0
+    """Layers at the beginning of the model that have a plain feed-forward layer instead."""
+    balance_loss: float = 0.0
+    """Coefficient of the loss, 1 when all experts of a row get equal work, that grows with imbalance; 0: none."""
+    z_loss: float = 0.0
+    """Coefficient of the mean squared log-sum-exp of the router's logits, which keeps them small; 0: none."""
+    bias_update_rate: float = 0.0
+    """Step by which an expert's bias in the choice, not in the weights, falls after a step in which it had more
+    than the mean load, and rises after one with less (arXiv 2408.15664); 0: no bias."""
+    grouped_mm: Literal["auto", "grouped", "loop"] = field(default="auto", metadata={"part": "how"})
+    """Products of all experts in one kernel, expert by expert, or in one kernel where there is one (bfloat16)."""
+
+    def problems(self) -> list[str]:
+        """Every value out of range, each as one sentence with a remedy; empty if there is none."""
+        at_least = dict.fromkeys(("experts", "top_k", "hidden_dim", "groups", "top_groups"), 1)
+        at_least |= dict.fromkeys(("shared_hidden_dim", "first_dense_layers"), 0)
+        at_least |= dict.fromkeys(("balance_loss", "z_loss", "bias_update_rate"), 0)
+        found = [
+            f"model.moe.{name} is {getattr(self, name)}; it must be at least {least}."
+            for name, least in at_least.items()
+            if not getattr(self, name) >= least
+        ]
+        if not self.route_scale > 0:
+            found.append(f"model.moe.route_scale is {self.route_scale}; it must be more than 0.")
+        for name, choices in (("score", ("softmax", "sigmoid")), ("grouped_mm", ("auto", "grouped", "loop"))):
+            if getattr(self, name) not in choices:
+                found.append(f"model.moe.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        return found or self._group_problems()
+
+    def _group_problems(self) -> list[str]:
+        if self.groups == 1 == self.top_groups:
+            if self.top_k > self.experts:
+                return [f"model.moe.top_k {self.top_k} is more than model.moe.experts {self.experts}; lower it."]
+            return []
+        if self.top_groups >= self.groups:
+            return [
+                f"model.moe.top_groups {self.top_groups} of model.moe.groups {self.groups} excludes no group; lower "
+                "it, or set both to 1."
+            ]
+        if self.experts % self.groups or self.experts < 2 * self.groups:
+            return [
+                f"model.moe.groups {self.groups} does not cut model.moe.experts {self.experts} into equal groups of "
+                "two or more; choose a divisor."
+            ]
+        if self.top_k > (reachable := self.experts // self.groups * self.top_groups):
+            return [
+                f"model.moe.top_k is {self.top_k}, but model.moe.top_groups {self.top_groups} leaves a token only "
+                f"{reachable} experts to choose from; raise top_groups or lower top_k."
+            ]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Shapes and constants of a decoder-only transformer; the defaults are a toy."""
 
@@ -47,7 +121,11 @@ class DecoderConfig:
     head_dim: int = 32
     """H: width of one head."""
     hidden_dim: int = 768
-    """Width of the feed-forward layer."""
+    """Width of the feed-forward layer (not of experts)."""
+    moe: MoEConfig | None = None
+    """Experts instead of plain feed-forward layers; None: none."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised, each head for itself, before their positions turn them."""
     norm_eps: float = 1e-5
     """Added to the mean square before the root in RMSNorm."""
     rope_theta: float = 500_000.0
@@ -74,6 +152,13 @@ class DecoderConfig:
                 f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}; every key head "
                 "serves the same number of query heads."
             )
+        if self.moe is not None:
+            problems += self.moe.problems()
+            if self.moe.first_dense_layers >= max(self.layers, 1):
+                problems.append(
+                    f"model.moe.first_dense_layers {self.moe.first_dense_layers} leaves none of the {self.layers} "
+                    "layers with experts; lower it, or set model.moe to None."
+                )
         if self.head_dim % 2:
             problems.append(f"model.head_dim {self.head_dim} is odd; rotary embeddings turn pairs of dimensions.")
         return problems
@@ -90,35 +175,78 @@ class DecoderConfig:
 
         return Decoder(self)
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward part of `layer` is a mixture of experts."""
+        return self.moe is not None and layer >= self.moe.first_dense_layers
+
     def roles(self) -> Mapping[str, str]:
-        """FQN pattern of a module -> its role; `*` stands for one part between dots."""
-        return DECODER_ROLES
+        """FQN pattern of a module -> its role; `*` stands for one part between dots. Each fits at least one module."""
+        missing = []
+        if not self.qk_norm:
+            missing += ["layers.*.attention.q_norm", "layers.*.attention.k_norm"]
+        if self.moe is None:
+            missing.append("layers.*.moe.")
+        elif not self.moe.shared_hidden_dim:
+            missing.append("layers.*.moe.shared")
+        if self.has_experts(0):
+            missing.append("layers.*.feed_forward")
+        return {fqn: role for fqn, role in DECODER_ROLES.items() if not fqn.startswith(tuple(missing))}
+
+    def costly_operators(self) -> tuple[str, ...]:
+        """The model's own operators whose results are cheaper to keep than to compute again."""
+        return () if self.moe is None else ("titan_models.expert_products.default",)
 
     def init_rules(self) -> Mapping[str, tuple[str, float]]:
-        """FQN pattern of a parameter -> ("normal", standard deviation) or ("constant", value)."""
-        by_role = {
-            "norm": ("constant", 1.0),
-            "embedding": ("normal", self.init_std),
-            "colwise": ("normal", self.init_std),
-            "rowwise": ("normal", self.init_std / (2 * self.layers) ** 0.5),
-            "head": ("normal", self.init_std),
+        """FQN pattern of a parameter or buffer -> ("normal", standard deviation) or ("constant", value)."""
+        reading = ("normal", self.init_std)
+        writing = ("normal", self.init_std / (2 * self.layers) ** 0.5)
+        ones = ("constant", 1.0)
+        weights = {
+            "norm": ones,
+            "head_norm": ones,
+            "embedding": reading,
+            "colwise": reading,
+            "rowwise": writing,
+            "gate": reading,
+            "head": reading,
         }
-        return {f"{fqn}.weight": by_role[role] for fqn, role in self.roles().items() if role in by_role}
+        rules = {f"{fqn}.weight": weights[role] for fqn, role in self.roles().items() if role in weights}
+        if self.moe is not None:
+            rules |= {
+                "layers.*.moe.experts.w1": reading,
+                "layers.*.moe.experts.w3": reading,
+                "layers.*.moe.experts.w2": writing,
+                "layers.*.moe.router.bias": ("constant", 0.0),
+                "layers.*.moe.router.load": ("constant", 0.0),
+            }
+        return rules
 
 
 DECODER_ROLES: Mapping[str, str] = {
     "tok_embeddings": "embedding",
     "layers.*": "block",
     "layers.*.attention_norm": "norm",
+    "layers.*.attention": "region",
     "layers.*.attention.wq": "colwise",
     "layers.*.attention.wk": "colwise",
     "layers.*.attention.wv": "colwise",
+    "layers.*.attention.q_norm": "head_norm",
+    "layers.*.attention.k_norm": "head_norm",
     "layers.*.attention.sdpa": "attention",
     "layers.*.attention.wo": "rowwise",
     "layers.*.ffn_norm": "norm",
+    "layers.*.feed_forward": "region",
     "layers.*.feed_forward.w1": "colwise",
     "layers.*.feed_forward.w3": "colwise",
     "layers.*.feed_forward.w2": "rowwise",
+    "layers.*.moe.router": "router",
+    "layers.*.moe.router.gate": "gate",
+    "layers.*.moe.experts": "experts",
+    "layers.*.moe.shared": "region",
+    "layers.*.moe.shared.w1": "colwise",
+    "layers.*.moe.shared.w3": "colwise",
+    "layers.*.moe.shared.w2": "rowwise",
     "norm": "norm",
     "lm_head": "head",
 }
+"""Every module that a decoder may have, and its role; `DecoderConfig.roles` leaves out what a model does not have."""

@@ -1,4 +1,4 @@
-"""The decoder-only transformer that every dense family shares, written for one device.
+"""The decoder-only transformer that every family shares, written for one device.
 
 A pipeline stage is this class with parts missing: where `tok_embeddings` is absent the input is hidden states,
 where `norm` or `lm_head` is absent it is skipped. No shape is read from the configuration after construction, so that
@@ -11,6 +11,7 @@ from titan_models.attention import Attention
 from titan_models.config import DecoderConfig
 from titan_models.feed_forward import FeedForward
 from titan_models.head import Head
+from titan_models.moe import MoE
 from titan_models.rope import rope_frequencies, rope_table
 
 
@@ -26,7 +27,7 @@ class Decoder(nn.Module):
         self.rope_frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         # A dict keeps the names of the blocks when a pipeline stage drops some of them.
-        self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.layers)})
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.layers)})
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.lm_head = Head(config.dim, config.vocab_size, config.loss_chunk_tokens)
         if config.tie_embeddings:
@@ -38,17 +39,21 @@ class Decoder(nn.Module):
         positions: Tensor,
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        row_weights: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V], or with `labels` [B, S] int64 the summed loss (see `Head`).
 
         `x`: tokens [B, S] int64 (hidden states [B, S, D] on a stage without embedding). `positions` [B, S] int64
         count from 0 in each document; `document_ids` [B, S] int64 confine attention, None makes each row one document.
+        `row_weights` [B] float are the shares of the rows in the mean loss, their valid tokens divided by those of the
+        global batch, 0 for padding: routers need them, since their auxiliary losses are not part of the summed loss
+        (see `titan_models.router`). None means 1 / B each, which is right if this is the whole batch.
         """
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(x)
         rope = rope_table(positions, self.rope_frequencies, x.dtype)
         for block in self.layers.values():
-            x = block(x, rope, positions, document_ids)
+            x = block(x, rope, positions, document_ids, row_weights)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.lm_head is None else self.lm_head(x, labels)
@@ -57,14 +62,26 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """One layer: attention and a feed-forward network, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config.dim, config.hidden_dim)
+        if config.moe is not None and config.has_experts(layer):
+            self.moe = MoE(config.dim, config.moe)
+        else:
+            self.moe = None
+            self.feed_forward = FeedForward(config.dim, config.hidden_dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, document_ids: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        positions: Tensor,
+        document_ids: Tensor | None,
+        row_weights: Tensor | None,
+    ) -> Tensor:
         """`x` [B, S, D] -> [B, S, D]."""
         x = x + self.attention(self.attention_norm(x), rope, positions, document_ids)
-        return x + self.feed_forward(self.ffn_norm(x))
+        hidden = self.ffn_norm(x)
+        return x + (self.feed_forward(hidden) if self.moe is None else self.moe(hidden, row_weights))

@@ -56,13 +56,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
             elif grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        # Not saved by save_for_backward, which forbids to change them.
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.scale = None
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        # In place: the saved gradients belong to this call alone, and a copy of a vocabulary's weights is large.
-        grad_hidden, grad_weight = (None if grad is None else grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors)
+        # In place: the gradients belong to this call alone, and a copy of a vocabulary's weights is large. A pipeline
+        # that computes gradients of weights apart comes here twice; what is scaled already is scaled by the ratio.
+        (scale,) = grad_outputs
+        factor = scale if ctx.scale is None else torch.where(scale == ctx.scale, 1.0, scale / ctx.scale)
+        ctx.scale = scale
+        grad_hidden, grad_weight = (None if grad is None else grad.mul_(factor) for grad in ctx.gradients)
         return grad_hidden, grad_weight, None, None
 
 

@@ -1,0 +1,30 @@
+"""torch.compile, block by block: equal blocks share one compiled region, and nothing around them is traced."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from titan_core.config import CompileConfig, RematConfig
+from titan_core.surgery import specialise
+
+
+def compile_blocks(model: nn.Module, roles: Mapping[str, str], config: CompileConfig, remat: RematConfig) -> None:
+    """Compiles the forward of each block of `model`; call it after what changes the blocks and before FSDP wraps
+    them.
+    """
+    if not config.enabled:
+        return
+    if remat.mode == "budget":
+        # Read when a region is compiled, which is at its first call and again when shapes change.
+        from titan_core.compat import set_activation_budget
+
+        set_activation_budget(remat.budget)
+
+    def members(base: type[nn.Module]) -> dict[str, Any]:
+        return {"forward": torch.compile(base.forward, backend=config.backend, fullgraph=config.fullgraph)}
+
+    for fqn, role in roles.items():
+        if role == "block":
+            specialise(model.get_submodule(fqn), ("compile", config), members)

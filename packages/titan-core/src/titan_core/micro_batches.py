@@ -1,0 +1,53 @@
+"""Forward and backward over the micro-batches of a step, for every layout that runs the whole model on each rank."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from titan_core.routers import Routers
+
+Batch = Mapping[str, Tensor]
+"""`tokens` [B, S] int64, and under the names of the model's further arguments: `positions`, `document_ids` and `labels`
+[B, S] int64, `row_weights` [B]. All of this rank's rows of a step, on its device."""
+
+
+class MicroBatchLoop(ABC):
+    """Accumulates gradients over micro-batches of at most `size` rows."""
+
+    def __init__(self, model: nn.Module, size: int, routers: Routers) -> None:
+        self.model = model
+        self.routers = routers
+        self._size = size
+
+    @abstractmethod
+    def begin_step(self) -> None:
+        """Prepares parameters for the micro-batches of one step."""
+
+    @abstractmethod
+    def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Forward and backward of one micro-batch happen within it; `last` is the step's last."""
+
+    def accumulate(self, batch: Batch, *, divisor: float) -> Tensor:
+        """Adds up gradients of the model's summed loss over `batch`, divided by `divisor`.
+
+        Returns that loss, a float64 scalar, of this rank's tokens.
+        """
+        self.begin_step()
+        pieces = list(split_rows(batch, self._size))
+        loss = torch.zeros((), device=batch["tokens"].device, dtype=torch.float64)
+        for i, (tokens, others) in enumerate(pieces):
+            with self.micro_batch(last=i == len(pieces) - 1):
+                part = self.model(tokens, **others) / divisor
+                part.backward()
+            loss += part.detach()
+        return loss
+
+
+def split_rows(batch: Batch, size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Cuts a batch into micro-batches of at most `size` rows: tokens, and the model's further arguments."""
+    pieces = {name: tensor.split(size) for name, tensor in batch.items()}
+    for i, tokens in enumerate(pieces.pop("tokens")):
+        yield tokens, {name: pieces[name][i] for name in pieces}

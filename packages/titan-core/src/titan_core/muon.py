@@ -1,0 +1,110 @@
+"""Muon: the momentum of each weight matrix is made orthogonal, as a whole, before it is added to the weights.
+
+Sources: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
+https://kellerjordan.github.io/posts/muon; the scale that suits AdamW's learning rates: arXiv 2502.16982, section 2.2.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from titan_core.config import MuonConfig
+from titan_core.shards import local
+from titan_core.whole_matrices import WholeMatrices, own_stack
+
+# Coefficients of x -> a x + b x^3 + c x^5 that Jordan et al. chose: steep at zero, between 0.68 and 1.14 near one.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+class Muon(Optimizer):
+    """Muon for matrices, and another optimizer for everything else, as one.
+
+    Each of `groups` has parameters [rows, columns] or [E, rows, columns], plain or spread over ranks, its `lr` and its
+    decoupled `weight_decay`. The groups of `others` are among the optimizer's too, and moved by it. All ranks that have
+    parts of a parameter make the optimizer with the same parameters in the same order, and step together. A parameter
+    without a gradient is not changed. The state of a matrix is its `momentum`, spread as the parameter is.
+    """
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], config: MuonConfig, *, others: Optimizer | None = None
+    ) -> None:
+        self._config, self._others = config, others
+        matrices = [{**group, "orthogonal": True} for group in groups]
+        super().__init__([*matrices, *(others.param_groups if others else [])], defaults={})
+        dtype: torch.dtype = getattr(torch, config.ns_dtype)
+        self._whole = WholeMatrices([parameter for parameter, _ in self._matrices()], dtype)
+
+    def _matrices(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The parameters that are Muon's, each with its group."""
+        return [(p, group) for group in self.param_groups if "orthogonal" in group for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Moves all parameters by their gradients; returns what `closure`, if given, computes before."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._others is not None:
+            # Not once and for all in __init__: loading a state dict replaces both.
+            self._others.param_groups = [group for group in self.param_groups if "orthogonal" not in group]
+            self._others.state = self.state
+            self._others.step()
+        self._accumulate()
+        matrices = self._matrices()
+        self._whole.apply(
+            lambda whole: orthogonalise(whole, self._config.ns_steps),
+            lambda i, part: self._update(matrices[i][0], part),
+            lambda i, part, result: self._move(*matrices[i], part, result),
+        )
+        return loss
+
+    def _accumulate(self) -> None:
+        momenta, gradients = [], []
+        for parameter, _ in self._matrices():
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momenta.append(local(state["momentum"]))
+            gradients.append(local(parameter.grad))
+        if momenta:
+            torch._foreach_lerp_(momenta, gradients, 1 - self._config.momentum)
+
+    def _update(self, parameter: Tensor, part: slice) -> Tensor:
+        """What is to be made orthogonal."""
+        if parameter.grad is None:
+            return torch.zeros_like(own_stack(parameter)[part])
+        momentum = own_stack(self.state[parameter]["momentum"])[part]
+        if not self._config.nesterov:
+            return momentum
+        return own_stack(parameter.grad)[part].lerp(momentum, self._config.momentum)
+
+    def _move(self, parameter: Tensor, group: dict[str, Any], part: slice, orthogonal: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        rows, columns = parameter.shape[-2:]
+        scale = 0.2 * max(rows, columns) ** 0.5 if self._config.scale == "rms" else max(1.0, rows / columns) ** 0.5
+        matrices = own_stack(parameter)[part]
+        matrices.mul_(1 - group["lr"] * group["weight_decay"])
+        matrices.add_(orthogonal.to(matrices), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
+    """`matrices` [n, rows, columns] with their singular values brought near 1; a matrix of zeros stays what it is.
+
+    `steps` Newton-Schulz iterations with the quintic of Jordan et al., in the dtype of `matrices`.
+    """
+    rows, columns = matrices.shape[-2:]
+    x = matrices.mT if rows > columns else matrices
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
+    x = (x / norm.clamp(min=torch.finfo(wide).tiny)).to(x.dtype)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=_B, alpha=_C), x, beta=_A)
+    return x.mT if rows > columns else x

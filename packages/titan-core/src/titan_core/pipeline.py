@@ -1,0 +1,272 @@
+"""Pipeline parallelism: each rank of the pp axis holds some stages of the model and passes hidden states on.
+
+A stage is the model itself with parts missing, so names do not change and checkpoints do not know about stages. The
+schedules are those of torch.distributed.pipelining. Gradients are reduced over data-parallel ranks once, after the last
+micro-batch.
+"""
+
+import copy
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from titan_core.compat import pipeline_schedule_from_csv
+from titan_core.config import ParallelConfig
+from titan_core.fsdp import whole_gradient_bytes
+from titan_core.micro_batches import Batch
+from titan_core.routers import Routers
+from titan_core.stages import SCHEDULES, balanced_stages, rank_of_stage, stage_count
+
+
+class PipelineError(ValueError):
+    """The model cannot be cut as asked; the message says where, and what would work."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """This rank's stages of a model: `parts` by their number, and all of them together as one module, `model`.
+
+    They share their modules with each other and with the model that was cut.
+    """
+
+    model: nn.Module
+    parts: Mapping[int, nn.Module]
+    count: int
+
+
+def cut_into_stages(
+    model: nn.Module, roles: Mapping[str, str], config: ParallelConfig, rank: int, costs: Mapping[str, float]
+) -> Stages:
+    """The stages that pipeline rank `rank` runs.
+
+    `costs`: FQN of a module -> its cost, in any unit, by which the blocks are shared out; modules not named cost
+    nothing.
+
+    Raises:
+        PipelineError: if `pp_split` names no blocks of the model in their order, or parameters are shared by stages.
+    """
+    names, ranks = stage_names(roles, config, costs), stage_ranks(config)
+    _refuse_sharing(model, names)
+    own = [stage for stage, holder in enumerate(ranks) if holder == rank]
+    parts = {stage: part_of(model, names[stage]) for stage in own}
+    return Stages(part_of(model, [fqn for stage in own for fqn in names[stage]]), parts, len(names))
+
+
+def stage_names(roles: Mapping[str, str], config: ParallelConfig, costs: Mapping[str, float]) -> list[list[str]]:
+    """The outermost modules of each stage, in the model's order; `costs` as for `cut_into_stages`.
+
+    Raises:
+        PipelineError: if `pp_split` names no blocks of the model in their order.
+    """
+    pieces = _pieces(roles)
+    blocks = [fqn for fqn in pieces if roles[fqn] == "block"]
+    starts = _given_starts(blocks, config.pp_split)
+    starts = starts or balanced_stages(_block_costs(pieces, blocks, costs), stage_count(config))
+    ends = [*starts[1:], len(blocks)]
+    first, last = pieces.index(blocks[0]), pieces.index(blocks[-1])
+    names: list[list[str]] = [blocks[start:end] for start, end in zip(starts, ends, strict=True)]
+    names[0], names[-1] = pieces[:first] + names[0], names[-1] + pieces[last + 1 :]
+    return names
+
+
+def _pieces(roles: Mapping[str, str]) -> list[str]:
+    """The outermost modules that have a role, in the model's order."""
+    pieces: list[str] = []
+    for fqn in roles:
+        if not pieces or not fqn.startswith(f"{pieces[-1]}."):
+            pieces.append(fqn)
+    return pieces
+
+
+def _block_costs(pieces: Sequence[str], blocks: Sequence[str], costs: Mapping[str, float]) -> list[float]:
+    """The cost of each block; what comes before the first and after the last counts with these."""
+
+    def cost(piece: str) -> float:
+        return sum(value for fqn, value in costs.items() if fqn == piece or fqn.startswith(f"{piece}."))
+
+    found = [cost(block) for block in blocks]
+    found[0] += sum(cost(piece) for piece in pieces[: pieces.index(blocks[0])])
+    found[-1] += sum(cost(piece) for piece in pieces[pieces.index(blocks[-1]) + 1 :])
+    return found
+
+
+def _given_starts(blocks: Sequence[str], split: Sequence[str]) -> list[int]:
+    for name in split:
+        if name not in blocks:
+            raise PipelineError(
+                f"parallel.pp_split names {name!r}, which is no block of this model; its blocks are {blocks[0]} to "
+                f"{blocks[-1]}."
+            )
+    starts = [0, *(blocks.index(name) for name in split)]
+    if starts != sorted(set(starts)):
+        raise PipelineError(
+            f"parallel.pp_split {list(split)} must name different blocks in the order of the model, and not the first."
+        )
+    return starts if split else []
+
+
+def _refuse_sharing(model: nn.Module, names: Sequence[Sequence[str]]) -> None:
+    stage_of: dict[nn.Parameter, int] = {}
+    for stage, fqns in enumerate(names):
+        for fqn in fqns:
+            for parameter in model.get_submodule(fqn).parameters():
+                if stage_of.setdefault(parameter, stage) != stage:
+                    raise PipelineError(
+                        f"{fqn!r} on the pipeline's stage {stage} shares a parameter with stage "
+                        f"{stage_of[parameter]}; a "
+                        "model with tied embeddings cannot be pipelined. Set model.tie_embeddings to false, or "
+                        "parallel.pp to 1."
+                    )
+
+
+def part_of(model: nn.Module, keep: Iterable[str], prefix: str = "") -> nn.Module:
+    """`model` with only the submodules named by `keep`, which it shares; the others are None, or missing from a
+    list.
+    """
+    part = copy.copy(model)
+    for name, value in vars(model).items():
+        if isinstance(value, dict):  # hooks and the like belong to one part
+            vars(part)[name] = copy.copy(value)
+    part._modules = {}
+    keep = list(keep)
+    for name, child in model._modules.items():
+        fqn = prefix + name
+        if fqn in keep:
+            part._modules[name] = child
+        elif child is not None and any(kept.startswith(f"{fqn}.") for kept in keep):
+            part._modules[name] = part_of(child, keep, f"{fqn}.")
+        elif not isinstance(model, (nn.ModuleDict, nn.ModuleList)):
+            part._modules[name] = None
+    return part
+
+
+def stage_ranks(config: ParallelConfig) -> list[int]:
+    """The pipeline rank of each stage.
+
+    Raises:
+        PipelineError: if the schedule's file does not have each stage on one of the ranks.
+    """
+    count = stage_count(config)
+    if config.pp_schedule_csv:
+        return _csv_stage_ranks(config.pp_schedule_csv, count, config.pp)
+    shape = SCHEDULES[config.pp_schedule].shape
+    return [rank_of_stage(stage, config.pp, shape) for stage in range(count)]
+
+
+def _csv_stage_ranks(path: str, count: int, pp: int) -> list[int]:
+    ranks: dict[int, int] = {}
+    with Path(path).open(newline="") as file:
+        for rank, row in enumerate(csv.reader(file)):
+            for action in filter(None, (cell.strip() for cell in row)):
+                digits = action[: len(action) - len(action.lstrip("0123456789"))]
+                if not digits:
+                    raise PipelineError(
+                        f"{path}: {action!r} in line {rank + 1} names no stage; write actions such as 0F0."
+                    )
+                if ranks.setdefault(int(digits), rank) != rank:
+                    raise PipelineError(
+                        f"{path}: stage {digits} is on line {rank + 1} and on {ranks[int(digits)] + 1}."
+                    )
+    if sorted(ranks) != list(range(count)) or set(ranks.values()) != set(range(pp)):
+        raise PipelineError(
+            f"{path} has the stages {sorted(ranks)} on {len(set(ranks.values()))} lines; {pp} ranks with {count // pp} "
+            f"stages each need 0 to {count - 1} on {pp} lines. Set parallel.pp_stages_per_rank, or mend the file."
+        )
+    return [ranks[stage] for stage in range(count)]
+
+
+class Pipeline:
+    """Runs this rank's stages over the micro-batches of a step."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        routers: Routers,
+        config: ParallelConfig,
+        group: ProcessGroup,
+        *,
+        size: int,
+        width: int,
+        sequence_cut: int,
+        dtype: torch.dtype,
+        itemsize: int,
+    ) -> None:
+        """`size`: rows of a micro-batch. `width`: D of the hidden states, which have `dtype`; `sequence_cut`: into
+        how many
+        parts tp cuts a sequence between blocks. `itemsize`: bytes of an element of a gradient.
+        """
+        self.model = stages.model
+        self.routers = routers
+        self._stages, self._config, self._group, self._size = stages, config, group, size
+        self._width, self._sequence_cut, self._dtype, self._itemsize = width, sequence_cut, dtype, itemsize
+        self._schedule: Any = None
+        self._divisor = 1.0
+
+    def accumulate(self, batch: Batch, *, divisor: float) -> Tensor:
+        """Adds up gradients of the model's summed loss over `batch`, divided by `divisor`; rows fill whole
+        micro-batches.
+
+        Returns that loss, a float64 scalar, on the ranks with the last stage, and zero on the others.
+        """
+        tokens, labels = batch["tokens"], batch["labels"]
+        if self._schedule is None:
+            self._schedule = self._build(tokens)
+        self._divisor = divisor
+        losses: list[Tensor] = []
+        others = {name: tensor for name, tensor in batch.items() if name != "tokens"}
+        self._schedule.step(tokens, target=labels, losses=losses, return_outputs=False, **others)
+        total = torch.zeros((), device=tokens.device, dtype=torch.float64)
+        for loss in losses:
+            total += loss.detach()
+        return total
+
+    def gradient_bytes(self) -> int:
+        """Bytes that gradients take on this rank while micro-batches accumulate, beyond the sharded ones."""
+        return whole_gradient_bytes(self.model, self._itemsize)
+
+    def _build(self, tokens: Tensor) -> Any:
+        rows, length = tokens.shape
+        # Given ahead, so that the first step does not run the model once more to see shapes.
+        hidden = torch.empty(
+            self._size, length // self._sequence_cut, self._width, dtype=self._dtype, device="meta", requires_grad=True
+        )
+        loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta", requires_grad=True)
+        count = self._stages.count
+        stages = [
+            PipelineStage(
+                part,
+                index,
+                count,
+                tokens.device,
+                input_args=tokens[: self._size].to("meta") if index == 0 else hidden,
+                output_args=loss if index == count - 1 else hidden,
+                group=self._group,
+            )
+            for index, part in self._stages.parts.items()
+        ]
+        return build_schedule(
+            self._config,
+            stages,
+            n_microbatches=rows // self._size,
+            loss_fn=lambda loss, _: loss / self._divisor,
+            scale_grads=False,
+        )
+
+
+def build_schedule(config: ParallelConfig, stages: list[PipelineStage], **options: Any) -> Any:
+    """The schedule that `config` names or that stands in its file, for this rank's `stages`.
+
+    `options` are those of the schedules of torch.distributed.pipelining.
+    """
+    if config.pp_schedule_csv:
+        return pipeline_schedule_from_csv(config.pp_schedule_csv, stages, **options)
+    single = config.pp_schedule in ("GPipe", "1F1B")
+    return get_schedule_class(config.pp_schedule)(stages[0] if single else stages, **options)

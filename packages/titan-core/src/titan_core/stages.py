@@ -1,0 +1,125 @@
+"""Pipeline stages: how layers are cut into them, which rank runs which, and what each schedule asks for.
+
+Imports no torch: a login node can check a pipeline.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from titan_core.config import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFacts:
+    """What a schedule needs, and what it cannot be combined with."""
+
+    stages_per_rank: int
+    """Stages on each rank unless told otherwise."""
+    fixed: bool
+    """Whether it works with that number only."""
+    shape: Literal["loop", "v"] = "loop"
+    """`loop`: stage i runs on rank i modulo pp; `v`: there and back again, so that rank 0 has the first and the "
+    "last."""
+    splits_backward: bool = False
+    """Whether gradients of weights are computed apart from those of activations."""
+
+
+SCHEDULES = {
+    "GPipe": ScheduleFacts(stages_per_rank=1, fixed=True),
+    "1F1B": ScheduleFacts(stages_per_rank=1, fixed=True),
+    "Interleaved1F1B": ScheduleFacts(stages_per_rank=2, fixed=False),
+    "LoopedBFS": ScheduleFacts(stages_per_rank=2, fixed=False),
+    "InterleavedZeroBubble": ScheduleFacts(stages_per_rank=2, fixed=False, splits_backward=True),
+    "ZBVZeroBubble": ScheduleFacts(stages_per_rank=2, fixed=True, shape="v", splits_backward=True),
+    "DualPipeV": ScheduleFacts(stages_per_rank=2, fixed=True, shape="v", splits_backward=True),
+}
+
+
+def stage_count(config: ParallelConfig) -> int:
+    """Number of pipeline stages over all ranks; for a schedule from a file `pp_stages_per_rank`, or one a rank."""
+    default = 1 if config.pp_schedule_csv else SCHEDULES[config.pp_schedule].stages_per_rank
+    return config.pp * (config.pp_stages_per_rank or default)
+
+
+def pipeline_problems(config: ParallelConfig, *, layers: int, micro_batches: int) -> list[str]:
+    """Why `layers` blocks and `micro_batches` a step cannot run in the pipeline of `config`; empty if they can."""
+    if config.pp == 1:
+        return _without_effect(config)
+    problems = []
+    stages, facts, name = stage_count(config), SCHEDULES[config.pp_schedule], config.pp_schedule
+    per_rank = config.pp_stages_per_rank
+    if per_rank is not None and per_rank < 1:
+        return [f"parallel.pp_stages_per_rank is {per_rank}; it must be at least 1."]
+    if not config.pp_schedule_csv and facts.fixed and per_rank not in (None, facts.stages_per_rank):
+        problems.append(
+            f"parallel.pp_stages_per_rank is {per_rank}, but {name} works with {facts.stages_per_rank} only; leave "
+            f"it out."
+        )
+    if stages > layers:
+        problems.append(
+            f"The pipeline has {stages} stages, but the model only {layers} layers; lower parallel.pp or "
+            "parallel.pp_stages_per_rank."
+        )
+    if config.pp_split and len(config.pp_split) != stages - 1:
+        problems.append(
+            f"parallel.pp_split names {len(config.pp_split)} blocks, but {stages} stages begin at {stages - 1} of them "
+            "(the first begins with the model); name one block for each further stage."
+        )
+    if config.pp_schedule_csv:
+        return problems
+    if name in ("1F1B", "DualPipeV") and micro_batches < stages:
+        problems.append(
+            f"{name} with {stages} stages needs at least {stages} micro-batches a step, but there are {micro_batches}; "
+            "lower training.micro_batch_size, raise training.global_batch_size, or use GPipe."
+        )
+    rounds = max(1, micro_batches // config.pp)
+    if name in ("Interleaved1F1B", "InterleavedZeroBubble") and micro_batches % rounds:
+        problems.append(
+            f"{name} on {config.pp} ranks cannot run {micro_batches} micro-batches a step in equal rounds; use a "
+            f"multiple of {config.pp}: change training.micro_batch_size or training.global_batch_size."
+        )
+    return problems
+
+
+def _without_effect(config: ParallelConfig) -> list[str]:
+    default = ParallelConfig()
+    return [
+        f"parallel.{name} is set, but there is no pipeline; set parallel.pp to 2 or more, or leave it out."
+        for name in ("pp_schedule", "pp_schedule_csv", "pp_stages_per_rank", "pp_split")
+        if getattr(config, name) != getattr(default, name)
+    ]
+
+
+def rank_of_stage(stage: int, pp: int, shape: Literal["loop", "v"]) -> int:
+    """The pipeline rank that runs `stage`."""
+    turn, place = divmod(stage, pp)
+    return pp - 1 - place if shape == "v" and turn % 2 else place
+
+
+def balanced_stages(costs: Sequence[float], stages: int) -> list[int]:
+    """Cuts a row of blocks into `stages` runs whose greatest cost is least; the index with which each begins.
+
+    Among those with the least greatest cost, the one with the least sum of squares; every run has a block.
+    """
+    blocks = len(costs)
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    # best[i]: (greatest cost, sum of squares, starts) of the first i blocks in as many runs as the loop has reached.
+    best: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ()), *[None] * blocks]
+    for run in range(1, stages + 1):
+        reached: list[tuple[float, float, tuple[int, ...]] | None] = [None] * (blocks + 1)
+        for end in range(run, blocks - (stages - run) + 1):
+            found = []
+            for start in range(run - 1, end):
+                before = best[start]
+                if before is not None:
+                    cost = total[end] - total[start]
+                    found.append((max(before[0], cost), before[1] + cost * cost, (*before[2], start)))
+            reached[end] = min(found, default=None)
+        best = reached
+    result = best[blocks]
+    if result is None:
+        raise ValueError(f"{blocks} blocks cannot be cut into {stages} stages.")
+    return list(result[2])

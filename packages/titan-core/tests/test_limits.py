@@ -1,0 +1,190 @@
+"""Every degree, size and schedule that does not fit is refused in words that name it and what would work."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+
+from titan_core.config import CompileConfig, ParallelConfig, RematConfig
+from titan_core.degrees import resolve_degrees
+from titan_core.limits import Shapes, limit_problems
+
+SHAPES = Shapes(heads=8, kv_heads=4, layers=8, vocab_size=96, seq_len=64, micro_batches=8)
+MIXTURE = dataclasses.replace(SHAPES, experts=8)
+
+
+def problems(world_size, shapes=SHAPES, *, device="cpu", remat=RematConfig(), compiling=CompileConfig(), **layout):
+    config = ParallelConfig(**layout)
+    degrees = resolve_degrees(config, world_size)
+    return limit_problems(config, degrees, shapes, remat=remat, compiling=compiling, device=device)
+
+
+FITTING = [
+    (1, SHAPES, {}),
+    (8, SHAPES, {"tp": 4, "reshard_after_forward": "never"}),
+    (8, SHAPES, {"reshard_after_forward": 4}),
+    (8, SHAPES, {"cp": 4, "cp_method": "ulysses"}),
+    (8, SHAPES, {"tp": 2, "cp": 2, "pp": 2, "pp_schedule": "DualPipeV"}),
+    (8, MIXTURE, {"tp": 2, "ep": 8}),
+    (8, SHAPES, {"pp": 4, "pp_schedule": "Interleaved1F1B"}),
+    (2, SHAPES, {"pp": 2, "pp_split": ("layers.3",)}),
+    (4, SHAPES, {"pp": 4, "pp_schedule": "LoopedBFS", "pp_stages_per_rank": 1}),
+]
+
+
+@pytest.mark.parametrize(("world_size", "shapes", "layout"), FITTING)
+def test_what_fits_is_not_refused(world_size, shapes, layout):
+    assert problems(world_size, shapes, **layout) == []
+
+
+def few(**changes):
+    return dataclasses.replace(SHAPES, **changes)
+
+
+REFUSED = [
+    (8, SHAPES, {"tp": 8}, r"parallel\.tp 8 does not divide model\.kv_heads 4; use one of \[1, 2, 4\]"),
+    (4, few(heads=6, kv_heads=6), {"tp": 4}, r"parallel\.tp 4 does not divide model\.heads 6"),
+    (4, few(vocab_size=3), {"tp": 4}, r"parallel\.tp 4 is more than the model\.vocab_size 3"),
+    (4, few(seq_len=66), {"tp": 4}, r"cut a sequence into 4 parts, which does not divide training\.seq_len 66"),
+    (2, SHAPES, {"sequence_parallel": False}, r"sequence_parallel is switched off, but there is no tensor parallelism"),
+    (2, SHAPES, {"async_tp": True}, r"async_tp has no effect without tensor parallelism"),
+    (2, SHAPES, {"tp": 2, "async_tp": True}, r"needs GPUs whose memory the others can read.*this run is on cpu"),
+    (
+        2,
+        SHAPES,
+        {"tp": 2, "async_tp": True, "device": "cuda"},
+        r"async_tp is done by the compiler; add --compile.enabled",
+    ),
+    (
+        2,
+        SHAPES,
+        {"tp": 2, "async_tp": True, "device": "cuda", "sequence_parallel": False},
+        r"overlaps what sequence parallelism sends",
+    ),
+    (
+        2,
+        SHAPES,
+        {"tp": 2, "async_tp": True, "device": "cuda", "compiling": CompileConfig(enabled=True, backend="aot_eager")},
+        r"async_tp is done by inductor, not by aot_eager",
+    ),
+    (2, few(seq_len=62), {"cp": 2}, r"parallel\.cp 2 cuts a sequence into 4 parts to balance the load.*multiple of 4"),
+    (
+        2,
+        few(seq_len=63),
+        {"cp": 2, "cp_load_balance": False},
+        r"into 2 parts, which does not divide training\.seq_len 63",
+    ),
+    (
+        8,
+        SHAPES,
+        {"cp": 8, "cp_method": "ulysses"},
+        r"ulysses spreads the 4 model\.kv_heads of each tp rank over 8 ranks",
+    ),
+    (2, SHAPES, {"cp_method": "ulysses"}, r"cp_method is set, but there is no context parallelism"),
+    (2, SHAPES, {"cp_load_balance": False}, r"cp_load_balance is set, but there is no context parallelism"),
+    (2, SHAPES, {"ep": 2}, r"parallel\.ep is 2, but this model has no experts"),
+    (6, MIXTURE, {"ep": 3}, r"parallel\.ep 3 does not divide the 8 experts of model\.moe; use one of \[1, 2, 4, 8\]"),
+    (4, MIXTURE, {"tp": 2, "sequence_parallel": False}, r"every tp rank would send the same tokens to the experts"),
+    (4, MIXTURE, {"tp": 2, "reshard_after_forward": 2}, r"would have to fit the ranks of experts too"),
+    (8, SHAPES, {"reshard_after_forward": 3}, r"reshard_after_forward 3 is no part of the 8 ranks.*\[2, 4\]"),
+    (
+        2,
+        SHAPES,
+        {"reshard_after_forward": 2},
+        r"reshard_after_forward 2 is no part of the 2 ranks.*use always or never",
+    ),
+    (2, SHAPES, {"cpu_offload": True}, r"cpu_offload has no effect on a CPU"),
+    (
+        1,
+        SHAPES,
+        {"cpu_offload": True, "device": "cuda"},
+        r"cpu_offload works through FSDP, which needs at least 2 ranks",
+    ),
+    (2, SHAPES, {"pp_schedule": "GPipe"}, r"parallel\.pp_schedule is set, but there is no pipeline"),
+    (2, SHAPES, {"pp_split": ("layers.1",)}, r"parallel\.pp_split is set, but there is no pipeline"),
+    (2, SHAPES, {"pp_stages_per_rank": 2}, r"parallel\.pp_stages_per_rank is set, but there is no pipeline"),
+    (2, SHAPES, {"pp_schedule_csv": "x.csv"}, r"parallel\.pp_schedule_csv is set, but there is no pipeline"),
+    (2, SHAPES, {"pp": 2, "pp_schedule_csv": "no.csv"}, r"pp_schedule_csv no\.csv does not exist"),
+    (2, SHAPES, {"pp": 2, "pp_stages_per_rank": 0}, r"pp_stages_per_rank is 0; it must be at least 1"),
+    (2, SHAPES, {"pp": 2, "pp_stages_per_rank": 2}, r"pp_stages_per_rank is 2, but 1F1B works with 1 only"),
+    (
+        2,
+        SHAPES,
+        {"pp": 2, "pp_schedule": "ZBVZeroBubble", "pp_stages_per_rank": 1},
+        r"pp_stages_per_rank is 1, but ZBVZeroBubble works with 2 only",
+    ),
+    (8, few(layers=6), {"pp": 8}, r"The pipeline has 8 stages, but the model only 6 layers"),
+    (2, SHAPES, {"pp": 2, "pp_split": ("layers.1", "layers.2")}, r"names 2 blocks, but 2 stages begin at 1 of them"),
+    (4, few(micro_batches=2), {"pp": 4}, r"1F1B with 4 stages needs at least 4 micro-batches a step, but there are 2"),
+    (2, few(micro_batches=3), {"pp": 2, "pp_schedule": "DualPipeV"}, r"DualPipeV with 4 stages needs at least 4"),
+    (
+        2,
+        few(micro_batches=5),
+        {"pp": 2, "pp_schedule": "Interleaved1F1B"},
+        r"cannot run 5 micro-batches.*multiple of 2",
+    ),
+    (2, few(micro_batches=5), {"pp": 2, "pp_schedule": "InterleavedZeroBubble"}, r"cannot run 5 micro-batches"),
+    (2, few(tied=True), {"pp": 2}, r"model\.tie_embeddings lets them share a weight"),
+    (4, SHAPES, {"pp": 2, "grad_sync": "every"}, r"A pipeline reduces gradients once a step"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "shapes", "layout", "message"), REFUSED)
+def test_what_does_not_fit_is_refused_by_name(world_size, shapes, layout, message):
+    found = problems(world_size, shapes, **layout)
+    assert any(re.search(message, problem) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"remat": RematConfig(mode="full", every=0)}, r"remat\.every is 0; it must be at least 1"),
+        ({"remat": RematConfig(every=2)}, r"remat\.every has no effect with --remat\.mode none"),
+        (
+            {"remat": RematConfig(mode="full", save_ops=("aten.mm",))},
+            r"remat\.save_ops has no effect with --remat\.mode",
+        ),
+        ({"remat": RematConfig(mode="budget", budget=2)}, r"remat\.budget is 2; it must lie between 0 and 1"),
+        ({"remat": RematConfig(mode="budget")}, r"remat\.mode budget is done by the compiler"),
+        (
+            {"compiling": CompileConfig(fullgraph=True)},
+            r"compile\.backend and compile\.fullgraph have no effect without",
+        ),
+    ],
+)
+def test_recomputation_and_compilation_that_would_do_nothing_are_refused(layout, message):
+    assert any(re.search(message, problem) for problem in problems(2, **layout))
+
+
+COMPILED = CompileConfig(enabled=True)
+WHOLE = CompileConfig(enabled=True, fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "shapes", "layout", "message"),
+    [
+        (
+            2,
+            SHAPES,
+            {"pp": 2, "pp_schedule": "ZBVZeroBubble", "compiling": COMPILED},
+            r"which compiled blocks cannot do",
+        ),
+        (
+            2,
+            SHAPES,
+            {"pp": 2, "pp_schedule": "DualPipeV", "remat": RematConfig(mode="selective")},
+            r"selective recomputation runs a block's backward only once",
+        ),
+        (2, SHAPES, {"cp": 2, "compiling": WHOLE}, r"cp_method ring cannot be compiled"),
+        (2, MIXTURE, {"ep": 2, "compiling": WHOLE}, r"the host reads how many tokens to send"),
+    ],
+)
+def test_techniques_that_exclude_each_other_are_refused(world_size, shapes, layout, message):
+    assert any(re.search(message, problem) for problem in problems(world_size, shapes, **layout))
+
+
+def test_limits_can_be_checked_without_torch():
+    code = "import sys, titan_core.limits; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

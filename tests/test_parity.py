@@ -1,0 +1,171 @@
+"""Every parallelism alone, and many together: one loss curve, one gradient for each parameter, the same weights.
+
+Float64 settles what is rounding and what is a bug, so it is what runs by default; float32, longer, is in `slow`.
+"""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from experiment import DENSE, MIXTURE, Experiment, run
+from titan_core.config import CompileConfig, ParallelConfig, RematConfig
+
+PP_SCHEDULES = (
+    "GPipe",
+    "1F1B",
+    "Interleaved1F1B",
+    "LoopedBFS",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+)
+
+
+def layout(**degrees):
+    return ParallelConfig(**degrees)
+
+
+# Name -> number of ranks and layout; fsdp is what is left.
+SINGLE = {
+    "fsdp 2": (2, layout()),
+    "fsdp 2, never resharded": (2, layout(reshard_after_forward="never")),
+    "fsdp 2, gradients reduced last": (2, layout(grad_sync="last")),
+    "ddp 2": (2, layout(dp_replicate=2)),
+    "tp 2": (2, layout(tp=2)),
+    "tp 2, whole sequences": (2, layout(tp=2, sequence_parallel=False)),
+    "cp 2, ring": (2, layout(cp=2)),
+    "cp 2, ring, unbalanced": (2, layout(cp=2, cp_load_balance=False)),
+    "cp 2, allgather": (2, layout(cp=2, cp_method="allgather")),
+    "cp 2, ulysses": (2, layout(cp=2, cp_method="ulysses")),
+    **{f"pp 2, {name}": (2, layout(pp=2, pp_schedule=name)) for name in PP_SCHEDULES},
+}
+DENSE_TOGETHER = {
+    "hsdp 2x2": (4, layout(dp_replicate=2)),
+    "fsdp 4, resharded to 2": (4, layout(reshard_after_forward=2)),
+    "fsdp 2 x tp 2": (4, layout(tp=2)),
+    "fsdp 2 x tp 2, whole sequences": (4, layout(tp=2, sequence_parallel=False)),
+    "ddp 2 x tp 2": (4, layout(dp_replicate=2, tp=2)),
+    "fsdp 2 x cp 2, ring": (4, layout(cp=2)),
+    "fsdp 2 x cp 2, allgather": (4, layout(cp=2, cp_method="allgather")),
+    "cp 2 x tp 2, ring": (4, layout(cp=2, tp=2)),
+    "pp 2 x tp 2": (4, layout(pp=2, tp=2)),
+    "pp 2 x cp 2": (4, layout(pp=2, cp=2)),
+    "pp 4": (4, layout(pp=4)),
+    **{f"pp 2 x fsdp 2, {name}": (4, layout(pp=2, pp_schedule=name)) for name in PP_SCHEDULES},
+    "pp 2 x ddp 2": (4, layout(pp=2, dp_replicate=2)),
+    "hsdp 2x2 x tp 2": (8, layout(dp_replicate=2, tp=2)),
+    "hsdp 2x2 x cp 2": (8, layout(dp_replicate=2, cp=2)),
+    "fsdp 2 x tp 2 x pp 2": (8, layout(tp=2, pp=2)),
+    "fsdp 2 x tp 2 x pp 2, zero bubble": (8, layout(tp=2, pp=2, pp_schedule="ZBVZeroBubble")),
+    "fsdp 2 x cp 2 x tp 2": (8, layout(cp=2, tp=2)),
+    "cp 2 x tp 2 x pp 2": (8, layout(cp=2, tp=2, pp=2)),
+    "fsdp 2 x cp 2 x pp 2, ulysses": (8, layout(cp=2, pp=2, cp_method="ulysses")),
+}
+MIXTURES = {
+    "fsdp 2": (2, layout()),
+    "tp 2": (2, layout(tp=2)),
+    "cp 2": (2, layout(cp=2)),
+    "pp 2": (2, layout(pp=2)),
+    "ep 2": (2, layout(ep=2)),
+    "ep 4": (4, layout(ep=4)),
+    "ep 2 x fsdp 2": (4, layout(ep=2)),
+    "ep 2 x ddp 2": (4, layout(ep=2, dp_replicate=2)),
+    "ep 2 x tp 2": (4, layout(ep=2, tp=2)),
+    "ep over cp x tp": (4, layout(ep=4, cp=2, tp=2)),
+    "pp 2 x ep 2": (4, layout(pp=2, ep=2)),
+    "pp 2 x ep 2, zero bubble": (4, layout(pp=2, ep=2, pp_schedule="ZBVZeroBubble")),
+    "ep 2 x fsdp 2 x tp 2": (8, layout(ep=2, tp=2)),
+    "ep 4 x fsdp 2 x tp 2": (8, layout(ep=4, tp=2)),
+    "ep 2 x pp 2 x tp 2": (8, layout(ep=2, pp=2, tp=2)),
+    "hsdp 2x2 x cp 2 x ep 2": (8, layout(dp_replicate=2, cp=2, ep=2)),
+}
+CASES = [("dense", name) for name in SINGLE | DENSE_TOGETHER] + [("mixture", name) for name in MIXTURES]
+MODELS = {"dense": (DENSE, SINGLE | DENSE_TOGETHER), "mixture": (MIXTURE, MIXTURES)}
+
+FULL, SELECTIVE = RematConfig(mode="full"), RematConfig(mode="selective")
+EVERY_SECOND = RematConfig(mode="full", every=2)
+TRACED = CompileConfig(enabled=True, backend="aot_eager")
+BLOCKS = [
+    ("dense", "fsdp 2", {"remat": EVERY_SECOND}),
+    ("dense", "fsdp 2", {"remat": SELECTIVE}),
+    ("dense", "fsdp 2 x tp 2", {"remat": FULL}),
+    ("dense", "fsdp 2 x cp 2, ring", {"remat": SELECTIVE}),
+    ("dense", "pp 2, ZBVZeroBubble", {"remat": FULL}),
+    ("dense", "pp 2 x tp 2", {"remat": SELECTIVE}),
+    ("mixture", "ep 2 x tp 2", {"remat": FULL}),
+    ("mixture", "ep 2 x fsdp 2", {"remat": SELECTIVE}),
+    ("dense", "fsdp 2", {"compiling": TRACED}),
+    ("dense", "fsdp 2", {"compiling": TRACED, "remat": FULL}),
+    ("dense", "fsdp 2", {"compiling": TRACED, "remat": RematConfig(mode="budget", budget=0.3)}),
+    ("dense", "fsdp 2 x tp 2", {"compiling": TRACED}),
+    ("dense", "fsdp 2 x tp 2", {"compiling": TRACED, "remat": SELECTIVE}),
+    ("dense", "cp 2, ring", {"compiling": TRACED}),
+    ("dense", "pp 2, 1F1B", {"compiling": TRACED}),
+    ("mixture", "ep 2", {"compiling": TRACED}),
+]
+# The compiler's own warnings, at every autograd function and every gathered parameter it meets.
+ignore_compiler_warnings = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process gets, by experiment; computed once."""
+    known = {}
+
+    def get(experiment):
+        key = pickle.dumps(experiment)
+        if key not in known:
+            known[key] = run(experiment)
+        return known[key]
+
+    return get
+
+
+def relative(ours, theirs):
+    """The greatest difference, relative to the greatest value."""
+    return np.abs(np.subtract(ours, theirs)).max() / np.abs(theirs).max()
+
+
+def compare(ours, expected, *, curve, gradient, parameter):
+    """Every number by itself: the curve relative a step, gradients relative to each parameter's greatest."""
+    for key in ("losses", "norms"):
+        differences = np.abs(np.subtract(getattr(ours, key), getattr(expected, key))) / np.abs(getattr(expected, key))
+        assert differences.max() <= curve, f"{key} differ by {differences}"
+    assert ours.gradients.keys() == expected.gradients.keys()
+    for name, own in expected.gradients.items():
+        assert np.abs(own).max() > 0, f"{name} has no gradient to compare"
+        assert relative(ours.gradients[name], own) <= gradient, f"the gradient of {name} differs"
+    assert ours.parameters.keys() == expected.parameters.keys()
+    for name, own in expected.parameters.items():
+        assert np.abs(ours.parameters[name] - own).max() <= parameter, f"{name} differs"
+    assert ours.loads.keys() == expected.loads.keys()
+    for name, own in expected.loads.items():
+        assert np.array_equal(ours.loads[name], own), f"the load of {name} differs"
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_a_layout_changes_nothing(alone, model, name):
+    config, layouts = MODELS[model]
+    experiment = Experiment(model=config)
+    compare(run(experiment, *layouts[name]), alone(experiment), curve=1e-9, gradient=1e-9, parameter=1e-9)
+
+
+@ignore_compiler_warnings
+@pytest.mark.parametrize(("model", "name", "options"), BLOCKS)
+def test_neither_does_recomputing_or_compiling(alone, model, name, options):
+    config, layouts = MODELS[model]
+    experiment = Experiment(model=config, steps=2)
+    ours = run(experiment, *layouts[name], **options)
+    compare(ours, alone(experiment), curve=1e-9, gradient=1e-9, parameter=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_float32_curves(alone, model, name):
+    config, layouts = MODELS[model]
+    experiment = Experiment(model=config, steps=10, dtype=torch.float32)
+    compare(run(experiment, *layouts[name]), alone(experiment), curve=1e-5, gradient=1e-4, parameter=1e-6)
