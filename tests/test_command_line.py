@@ -11,8 +11,10 @@ import time
 
 import pytest
 
+from ranks import RankFailure, run_ranks
 from runs import change, curve, layout, metrics, titan_train, train
 from titan_ckpt.checkpointer import Checkpointer
+from titan_train import trainer
 from titan_train.config_file import to_json
 
 TINY_FLAGS = [
@@ -156,6 +158,35 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path):
 
     result = titan_train(*TINY_FLAGS, "--device=cuda", "--output", tmp_path / "run", setup=hide)
     assert "PyTorch sees no GPU here" in refused(result)
+
+
+def test_what_only_a_gpu_can_do_is_refused_once_it_is_known_that_there_is_none(tiny, tmp_path):
+    config = change(tiny, device="auto", output=str(tmp_path / "run"), **layout(cpu_offload=True))
+    with pytest.raises(RankFailure, match=r"ConfigError: .*\n.*parallel\.cpu_offload has no effect on a CPU"):
+        run_ranks(2, trainer.train, config, name="test")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--parallel.tp=2"], "parallel.tp 2 does not divide model.kv_heads 3"),
+        (["--parallel.pp=2"], "The pipeline has 2 stages, but the model only 1 layers"),
+        (["--parallel.cp=2", "--training.seq-len=30"], "which does not divide training.seq_len 30"),
+        (["--parallel.ep=2"], "this model has no experts"),
+        (["--parallel.pp-schedule=GPipe"], "parallel.pp_schedule is set, but there is no pipeline"),
+        (["--remat.mode=budget"], "add --compile.enabled"),
+        (["--parallel.tp=3"], "does not divide the 2 ranks"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused_before_anything_starts(tmp_path, flags, message):
+    def two_ranks():
+        os.environ["WORLD_SIZE"] = "2"
+
+    shape = ["--model.heads=6", "--model.kv-heads=3", "--output", tmp_path / "run"]
+    result = titan_train(*TINY_FLAGS, *shape, *flags, setup=two_ranks)
+    assert result.returncode == 2
+    assert message in refused(result)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_of_another_experiment_is_refused_unless_told_otherwise(tiny, tmp_path):

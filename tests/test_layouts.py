@@ -1,6 +1,7 @@
 """The layout is not part of the experiment: one loss curve, whatever the number of ranks and micro-batches."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from ranks import run_ranks
 from runs import BF16, FLOAT64, change, curve, layout, samples, train
 from titan_core.optim import ModelState
 from titan_data.dataset import open_dataset
+from titan_models.config import MoEConfig
 from titan_train.environment import environment
 from titan_train.trainer import Trainer
 
@@ -84,7 +86,9 @@ def test_the_curves_mean_something(tiny, expected):
     assert curve(expected(dataclasses.replace(tiny, precision=FLOAT64))[0]) != losses
 
 
-@pytest.mark.parametrize("name", ["dp_shard 2", "hsdp 2x2", "dp_replicate 2", "accumulation 4"])
+@pytest.mark.parametrize(
+    "name", ["dp_shard 2", "hsdp 2x2", "dp_replicate 2", "accumulation 4", "tp 2", "cp 2", "fsdp 2 x tp 2 x pp 2"]
+)
 def test_bfloat16_mixed_precision_agrees_across_layouts(tiny, expected, tmp_path, name):
     world_size, changes = LAYOUTS[name]
     config = dataclasses.replace(tiny, precision=BF16)
@@ -94,7 +98,10 @@ def test_bfloat16_mixed_precision_agrees_across_layouts(tiny, expected, tmp_path
     assert relative(ours, losses) <= 1e-2
 
 
-@pytest.mark.parametrize("degrees", [{"dp_shard": 4}, {"dp_replicate": 4}, {"dp_replicate": 2}])
+@pytest.mark.parametrize(
+    "degrees",
+    [{"dp_shard": 4}, {"dp_replicate": 4}, {"dp_replicate": 2}, {"tp": 2}, {"tp": 2, "cp": 2}],
+)
 def test_initial_weights_are_bitwise_equal(tiny, degrees):
     def weights(config):
         with environment(config) as env:
@@ -105,6 +112,26 @@ def test_initial_weights_are_bitwise_equal(tiny, degrees):
     for sharded in run_ranks(4, weights, change(tiny, **layout(**degrees))):
         assert sharded.keys() == alone.keys()
         assert all(torch.equal(sharded[name], alone[name]) for name in alone)
+
+
+def test_the_load_of_every_expert_is_that_of_one_process(tiny, tmp_path):
+    moe = MoEConfig(experts=4, top_k=2, hidden_dim=32)
+    config = change(
+        tiny, **{"model.moe": moe, "training.steps": 2, "precision": FLOAT64, "training.micro_batch_size": 3}
+    )
+
+    def loads(name, world_size=1, **changes):
+        lines = train(config, tmp_path / name, world_size, **changes)
+        found = [json.loads(line) for line in (tmp_path / name / "expert_loads.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in found] == [1, 2]
+        return [line["tokens"] for line in found], [line["expert_load_max"] for line in lines]
+
+    (first, second), greatest = loads("alone")
+    assert set(first) == {"layers.0.moe.router", "layers.1.moe.router"}
+    assert all(sum(layer) == 12 * 32 * 2 for layer in [*first.values(), *second.values()])
+    assert greatest[0] == max(max(layer) * 4 / sum(layer) for layer in first.values())
+    # 12 rows do not fill four ranks' micro-batches: padding is routed, and not counted.
+    assert loads("spread", 4, **layout(pp=2, ep=2), **{"training.micro_batch_size": 4}) == ([first, second], greatest)
 
 
 def test_a_batch_that_does_not_divide_reports_its_waste(tiny, tmp_path: Path, capfd):

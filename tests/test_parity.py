@@ -8,8 +8,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from experiment import DENSE, MIXTURE, Experiment, run
+from experiment import DENSE, MIXTURE, Experiment, run, run_here
+from ranks import run_ranks
 from titan_core.config import CompileConfig, ParallelConfig, RematConfig
 
 PP_SCHEDULES = (
@@ -161,6 +163,54 @@ def test_neither_does_recomputing_or_compiling(alone, model, name, options):
     experiment = Experiment(model=config, steps=2)
     ours = run(experiment, *layouts[name], **options)
     compare(ours, alone(experiment), curve=1e-9, gradient=1e-9, parameter=1e-9)
+
+
+def test_a_schedule_from_a_file(alone, tmp_path):
+    """Two ranks, four micro-batches each in flight before the first comes back."""
+    forward, backward = [[f"{stage}{kind}{i}" for i in range(8)] for stage, kind in ((0, "F"), (0, "B"))]
+    second = [f"1{kind}{i}" for i in range(8) for kind in "FB"]
+    first = (
+        forward[:4] + [action for pair in zip(backward[:4], forward[4:], strict=True) for action in pair] + backward[4:]
+    )
+    path = tmp_path / "schedule.csv"
+    path.write_text("\n".join(",".join(row) for row in (first, second)) + "\n")
+    experiment = Experiment()
+    ours = run(experiment, 2, layout(pp=2, pp_schedule_csv=str(path)))
+    compare(ours, alone(experiment), curve=1e-9, gradient=1e-9, parameter=1e-9)
+
+
+def test_stages_given_by_name(alone):
+    experiment = Experiment(steps=2)
+    ours = run(experiment, 2, layout(pp=2, pp_split=("layers.1",)))
+    compare(ours, alone(experiment), curve=1e-9, gradient=1e-9, parameter=1e-9)
+
+
+@ignore_compiler_warnings
+@pytest.mark.parametrize("name", ["fsdp 2", "fsdp 2 x tp 2"])
+def test_equal_blocks_are_compiled_once(name):
+    """Four blocks, one region: FSDP and tensor parallelism do not make them differ."""
+    world_size, config = MODELS["dense"][1][name]
+
+    def count():
+        counter = CompileCounterWithBackend("aot_eager")
+        options = CompileConfig(enabled=True, backend=counter)
+        run_here(Experiment(steps=2), world_size, config, RematConfig(), options)
+        return counter.frame_count
+
+    assert run_ranks(world_size, count) == [1] * world_size
+
+
+@pytest.mark.slow
+@ignore_compiler_warnings
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("dense", "fsdp 2"), ("dense", "fsdp 2 x tp 2"), ("dense", "cp 2, allgather"), ("mixture", "ep 2")],
+)
+def test_inductor(alone, model, name):
+    config, layouts = MODELS[model]
+    experiment = Experiment(model=config, dtype=torch.float32)
+    ours = run(experiment, *layouts[name], compiling=CompileConfig(enabled=True))
+    compare(ours, alone(experiment), curve=1e-4, gradient=1e-3, parameter=1e-5)
 
 
 @pytest.mark.slow

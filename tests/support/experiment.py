@@ -96,8 +96,8 @@ def run(
 ) -> Outcome:
     """Runs the experiment on so many forked ranks, or here, and merges what they hold."""
     if world_size == 1:
-        return _run(experiment, 1, layout, remat, compiling)
-    outcomes = run_ranks(world_size, _run, experiment, world_size, layout, remat, compiling, timeout=120)
+        return run_here(experiment, 1, layout, remat, compiling)
+    outcomes = run_ranks(world_size, run_here, experiment, world_size, layout, remat, compiling, timeout=120)
     merged: dict[str, dict[str, np.ndarray]] = {"gradients": {}, "parameters": {}, "loads": {}}
     for outcome in outcomes:
         assert outcome.losses == outcomes[0].losses, (outcome.losses, outcomes[0].losses)
@@ -108,9 +108,10 @@ def run(
     return dataclasses.replace(outcomes[0], **merged)
 
 
-def _run(
+def run_here(
     experiment: Experiment, world_size: int, layout: ParallelConfig, remat: RematConfig, compiling: CompileConfig
 ) -> Outcome:
+    """Runs this rank's part of the experiment."""
     degrees = resolve_degrees(layout, world_size)
     moe = experiment.model.moe is not None
     meshes = build_meshes(degrees, "cpu", experts=moe) if world_size > 1 else None

@@ -29,7 +29,8 @@ class TrainingConfig:
     seed: int = 0
     """Every random number follows from it: initial weights and the order of the data."""
     micro_batch_size: int | None = field(default=None, metadata=HOW)
-    """Sequences a rank computes at one time; None: all of its share. Gradients are accumulated over the rest."""
+    """Sequences a rank computes at one time; None: all of its share, or in a pipeline as many as give each stage one
+    to work on. Gradients are accumulated over the rest."""
     steps: int = field(default=100, metadata=WHERE)
     """Step to stop at; may be raised later (the decay ends at schedule.total_steps)."""
     log_samples: bool = field(default=False, metadata=WHERE)

@@ -1,10 +1,11 @@
 """Where a process finds itself: its device, its rank, the meshes, and how ranks agree with each other."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from titan_core.degrees import Degrees, resolve_degrees
 from titan_core.determinism import set_deterministic
 from titan_core.mesh import Meshes, build_meshes, data_rank, sum_over
 from titan_train.config import TrainConfig
+from titan_train.validate import validate
 
 T = TypeVar("T")
 
@@ -57,6 +59,14 @@ class Environment:
     def sum_loss(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` in place over the ranks whose losses are of different tokens."""
         return tensor if self.meshes is None else sum_over(tensor, self.meshes.data)
+
+    def gather_stages(self, values: dict[str, T]) -> dict[str, T]:
+        """The `values`, which must be picklable, of all stages of this rank's pipeline."""
+        if self.stages is None:
+            return values
+        parts: list[Any] = [None] * self.degrees.pp
+        dist.all_gather_object(parts, values, group=self.stages)
+        return {name: value for part in parts for name, value in part.items()}
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """The sums of `numbers` over all ranks, on the CPU, so that no GPU waits; every rank gets the same."""
@@ -115,6 +125,7 @@ def environment(config: TrainConfig) -> Iterator[Environment]:
 
     Raises:
         DeviceError: if a GPU is asked for and there is none.
+        ConfigError: if the device that was picked cannot do what is asked for.
     """
     set_deterministic(config.parallel.deterministic)
     device = _pick_device(config.device)
@@ -123,6 +134,8 @@ def environment(config: TrainConfig) -> Iterator[Environment]:
         # saves tens of thousands of page faults a step.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.device == "auto":  # what was checked for any device may have no effect on this one
+        validate(dataclasses.replace(config, device=cast(Literal["cpu", "cuda"], device.type)), world_size)
     degrees = resolve_degrees(config.parallel, world_size)
     if world_size == 1:
         yield Environment(device, 0, degrees, None)

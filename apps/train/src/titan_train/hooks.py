@@ -43,6 +43,8 @@ class Step:
     """Time this rank waited for its batch."""
     sample_ids: Tensor
     """The windows this rank read: int64 [rows], -1 for padding."""
+    expert_loads: Mapping[str, Tensor]
+    """FQN of each router on this rank -> tokens that it sent to each expert, over the global batch: [E]."""
 
 
 class Hook:
@@ -62,9 +64,13 @@ class Hook:
 class LogMetrics(Hook):
     """Logs the first, the last and every n-th step; rank 0 has the sinks, the others help to add up."""
 
-    def __init__(self, env: Environment, meter: Meter, sinks: Sinks | None, every: int) -> None:
+    def __init__(
+        self, env: Environment, meter: Meter, sinks: Sinks | None, every: int, *, loads: Path | None = None
+    ) -> None:
         self._env, self._meter, self._sinks, self._every = env, meter, sinks, every
         self._first: int | None = None
+        self._has_experts = loads is not None
+        self._loads_file: IO[str] | None = loads.open("a") if loads is not None and env.is_main else None
 
     def end_step(self, step: Step) -> None:
         """Reads the step's tensors if it is to be logged, which waits for the device."""
@@ -81,18 +87,31 @@ class LogMetrics(Hook):
             "tokens": step.total_tokens,
             "epoch": step.epoch,
         }
-        values |= self._meter.read() | memory(self._env.device.type)
+        values |= self._meter.read() | memory(self._env.device.type) | self._expert_loads(step)
         if self._sinks is not None:
             self._sinks.log(step.number, values)
+
+    def _expert_loads(self, step: Step) -> dict[str, float]:
+        """The greatest and the least load of an expert in any layer, relative to the mean; writes all of them down."""
+        if not self._has_experts:
+            return {}
+        loads = self._env.gather_stages({name: load.tolist() for name, load in step.expert_loads.items()})
+        if self._loads_file is not None:
+            self._loads_file.write(json.dumps({"step": step.number, "tokens": loads}) + "\n")
+            self._loads_file.flush()
+        relative = [load * len(layer) / max(sum(layer), 1) for layer in loads.values() for load in layer]
+        return {"expert_load_max": max(relative), "expert_load_min": min(relative)}
 
     def checkpoint_meta(self) -> dict[str, Any]:
         """The ids by which outside trackers know this run."""
         return {"tracker_ids": dict(self._sinks.tracker_ids)} if self._sinks is not None else {}
 
     def close(self) -> None:
-        """Closes the sinks."""
+        """Closes the sinks and the file of loads."""
         if self._sinks is not None:
             self._sinks.close()
+        if self._loads_file is not None:
+            self._loads_file.close()
 
 
 class LogSamples(Hook):
@@ -143,4 +162,5 @@ def _build_log_metrics(
             run_config=dataclasses.asdict(config),
         )
     )
-    return LogMetrics(env, meter, sinks, config.metrics.log_every)
+    loads = directory / "expert_loads.jsonl" if config.model.moe is not None else None
+    return LogMetrics(env, meter, sinks, config.metrics.log_every, loads=loads)

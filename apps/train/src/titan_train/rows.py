@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from titan_core.config import ParallelConfig
 from titan_core.degrees import Degrees
+from titan_core.stages import stage_count
 from titan_train.config import TrainingConfig
 
 
@@ -21,10 +23,11 @@ class Rows:
         return -(-self.rows // self.micro_batch_size)
 
 
-def share_rows(training: TrainingConfig, degrees: Degrees) -> Rows:
+def share_rows(training: TrainingConfig, parallel: ParallelConfig, degrees: Degrees) -> Rows:
     """Rounds up where something does not divide; the last ranks compute rows without weight then."""
+    stages = stage_count(parallel) if degrees.pp > 1 else 1
     rows = -(-training.global_batch_size // degrees.dp)
-    size = min(training.micro_batch_size or rows, rows)
+    size = min(training.micro_batch_size or max(1, rows // stages), rows)
     if degrees.pp > 1:  # every micro-batch of a pipeline has the same shape
         rows = -(-rows // size) * size
     return Rows(rows=rows, micro_batch_size=size)

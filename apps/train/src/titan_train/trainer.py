@@ -18,20 +18,15 @@ import torch
 from torch import Tensor
 
 from titan_ckpt.checkpointer import Checkpointer
-from titan_core.clip import clip_gradients
 from titan_core.init import init_parameters, materialize
-from titan_core.optim import ModelState, OptimizerState, build_optimizer, set_lr
-from titan_core.parallelize import parallelize
+from titan_core.optim import ModelState, OptimizerState, build_optimizer
 from titan_core.rng import RngState
-from titan_core.roles import resolve_roles
-from titan_core.schedule import lr_factor
 from titan_data.dataset import TokenDataset, open_dataset
 from titan_data.loader import Batch, BatchLoader
-from titan_models.facts import flops_per_token
 from titan_quant.device import nvidia_capability
-from titan_quant.policy import resolve_dtypes
 from titan_quant.recipes import resolve_recipe
 from titan_train import report
+from titan_train.build import input_names, lay_out, update
 from titan_train.config import TrainConfig
 from titan_train.config_file import to_json
 from titan_train.environment import Environment, environment
@@ -94,26 +89,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, env: Environment, dataset: TokenDataset, what: dict[str, Any]) -> None:
         self.config, self.env, self.dataset, self.what = config, env, dataset, what
-        dtypes = resolve_dtypes(config.precision)
         resolve_recipe(config.quant.recipe, nvidia_capability(env.device.type), env.device.type)
-
-        with torch.device("meta"):
-            model = config.model.build().to(dtypes.master)
-        roles = resolve_roles(model, config.model.roles())
-        share = share_rows(config.training, env.degrees)
-        self.layout = parallelize(
-            model,
-            roles,
-            env.meshes,
-            config.parallel,
-            micro_batch_size=share.micro_batch_size,
-            param_dtype=dtypes.param,
-            reduce_dtype=dtypes.reduce,
-            remat=config.remat,
-            compiling=config.compile,
-            costs=flops_per_token(config.model, config.training.seq_len),
-            costly=config.model.costly_operators(),
-        )
+        self.layout, roles = lay_out(config, env)
+        share = share_rows(config.training, config.parallel, env.degrees)
         self.model = self.layout.model
         materialize(self.model, torch.device("cpu") if config.parallel.cpu_offload else env.device)
         init_parameters(self.model, config.model.init_rules(), config.training.seed)
@@ -178,13 +156,7 @@ class Trainer:
         valid, stops = self.env.agree([own_valid, int(stop)])
 
         loss = self.layout.accumulate(self._inputs(batch, valid), divisor=max(valid, 1))
-        grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm, self.env.stages)
-        lr = self.config.optimizer.lr * lr_factor(self.config.schedule, number)
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.layout.routers.finish_step()
-
+        grad_norm, lr = update(self.layout, self.optimizer, self.config, number, self.env.stages)
         tokens = self.config.training.global_batch_size * self.config.training.seq_len
         self.progress.advance(tokens)
         return Step(
@@ -198,12 +170,12 @@ class Trainer:
             epoch=self.loader.epoch,
             data_wait_seconds=waited,
             sample_ids=batch["sample_ids"],
+            expert_loads=self.layout.routers.loads,
         )
 
     def _inputs(self, batch: Batch, valid: int) -> dict[str, Tensor]:
         """What the model reads of a batch, on its device; `valid` tokens of the global batch carry loss."""
-        names = ["tokens", "positions", "labels"] + ["document_ids"] * self.config.data.confine_attention
-        inputs = {name: batch[name] for name in names}
+        inputs = {name: batch[name] for name in input_names(self.config)}
         if self.config.model.moe is not None:
             # Each row's share of the mean loss, by which its auxiliary losses count.
             inputs["row_weights"] = (batch["labels"] != IGNORED).sum(1, dtype=torch.float64) / max(valid, 1)

@@ -127,7 +127,7 @@ def _limit_problems(config: TrainConfig, degrees: Degrees) -> list[str]:
         layers=model.layers,
         vocab_size=model.vocab_size,
         seq_len=config.training.seq_len,
-        micro_batches=share_rows(config.training, degrees).micro_batches,
+        micro_batches=share_rows(config.training, config.parallel, degrees).micro_batches,
         experts=model.moe.experts if model.moe else None,
         tied=model.tie_embeddings,
     )

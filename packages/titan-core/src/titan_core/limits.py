@@ -40,7 +40,8 @@ def limit_problems(
     `device`: the type of device, `cpu` or `cuda`.
     """
     return [
-        *_tensor(config, degrees, shapes, compiling, device),
+        *_tensor(config, degrees, shapes),
+        *_async_tensor(config, degrees, compiling, device),
         *_context(config, degrees, shapes),
         *_experts(config, degrees, shapes),
         *pipeline_problems(config, layers=shapes.layers, micro_batches=shapes.micro_batches),
@@ -51,13 +52,9 @@ def limit_problems(
     ]
 
 
-def _tensor(
-    config: ParallelConfig, degrees: Degrees, shapes: Shapes, compiling: CompileConfig, device: str
-) -> Iterator[str]:
+def _tensor(config: ParallelConfig, degrees: Degrees, shapes: Shapes) -> Iterator[str]:
     tp = degrees.tp
     if tp == 1:
-        if config.async_tp:
-            yield "parallel.async_tp has no effect without tensor parallelism; set parallel.tp to 2 or more."
         if not config.sequence_parallel:
             yield "parallel.sequence_parallel is switched off, but there is no tensor parallelism; leave it out."
         return
@@ -71,7 +68,13 @@ def _tensor(
             f"parallel.tp {tp} x parallel.cp {degrees.cp} cut a sequence into {tp * degrees.cp} parts, which does "
             f"not divide training.seq_len {shapes.seq_len}; change it, or switch parallel.sequence_parallel off."
         )
+
+
+def _async_tensor(config: ParallelConfig, degrees: Degrees, compiling: CompileConfig, device: str) -> Iterator[str]:
     if not config.async_tp:
+        return
+    if degrees.tp == 1:
+        yield "parallel.async_tp has no effect without tensor parallelism; set parallel.tp to 2 or more."
         return
     if device != "cuda":
         yield (
