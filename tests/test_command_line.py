@@ -152,6 +152,27 @@ def test_bad_input_is_one_clear_paragraph(corpus, tmp_path, arguments, message):
     assert message in refused(result)
 
 
+def test_parameter_groups_from_a_file_of_ones_own_are_kept_with_the_run(tiny, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\n"
+        "from titan_core.config import OptimizerConfig, ParamGroupConfig\n"
+        "from titan_train.config_file import read_config\n"
+        "from pathlib import Path\n"
+        "def slow_embedding():\n"
+        "    groups = (ParamGroupConfig(roles=('embedding',), lr_factor=0.1),)\n"
+        "    base = read_config(Path(__file__).with_name('base.json'))\n"
+        "    return dataclasses.replace(base, optimizer=OptimizerConfig(name='muon', groups=groups))\n"
+    )
+    (tmp_path / "base.json").write_text(to_json(change(tiny, **{"training.steps": 1})))
+    chosen = ["--module", tmp_path / "mine.py", "--config", "slow_embedding", "--output", tmp_path / "run"]
+    assert titan_train(*chosen).returncode == 0
+    again = titan_train("--config", tmp_path / "run" / "config.json", "--training.steps=2")
+    assert again.returncode == 0, again.stderr
+    assert "Resumed from" in again.stdout
+    wrong = titan_train("--config", tmp_path / "run" / "config.json", "--optimizer.groups.0.roles", "embed")
+    assert "'embed'" in refused(wrong)
+
+
 def test_a_gpu_that_is_not_there_is_refused(tmp_path):
     def hide():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -187,6 +208,25 @@ def test_layouts_that_do_not_fit_are_refused_before_anything_starts(tmp_path, fl
     assert result.returncode == 2
     assert message in refused(result)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_grouped_product_that_torch_does_not_have_is_refused(tmp_path):
+    mixture = ["--module", "qwen3", "--config", "qwen3_debug_moe", "--model.moe.grouped-mm", "grouped"]
+    result = titan_train(*mixture, "--precision.master-dtype", "float64", "--output", tmp_path / "run")
+    assert "model.moe.grouped_mm grouped takes no float64" in refused(result)
+
+
+def test_an_unknown_compiler_is_refused(corpus, tmp_path):
+    flags = [*TINY_FLAGS, "--data.source", corpus, "--output", tmp_path / "run"]
+    result = titan_train(*flags, "--compile.enabled", "--compile.backend", "inductr")
+    assert re.search(r"compile\.backend 'inductr' is unknown to this torch; use one of .*inductor", refused(result))
+
+
+def test_what_all_ranks_refuse_alike_is_said_once(tiny, tmp_path):
+    config = change(tiny, **layout(pp=2, pp_split=("layers.7",)), **{"training.micro_batch_size": 1})
+    (tmp_path / "config.json").write_text(to_json(config))
+    result = launch("--config", tmp_path / "config.json", "--output", tmp_path / "run", ranks=2)
+    assert result.stderr.count("parallel.pp_split names 'layers.7', which is no block of this model") == 1
 
 
 def test_a_directory_of_another_experiment_is_refused_unless_told_otherwise(tiny, tmp_path):

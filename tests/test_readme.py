@@ -9,7 +9,7 @@ import pytest
 from titan_models.facts import parameter_count
 from titan_train.cli import run
 from titan_train.config_file import to_json
-from titan_train.configs import llama3
+from titan_train.configs import llama3, qwen3
 from titan_train.registry import config_functions
 
 ROOT = Path(__file__).parents[1]
@@ -20,14 +20,15 @@ def commands():
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
         for line in block.splitlines():
             match = re.search(r"(?:titan-train|-m titan_train)\b(.*)", line)
+            ranks = re.search(r"--nproc-per-node (\d+)", line)
             if match:
-                yield shlex.split(match[1], comments=True)
+                yield ranks[1] if ranks else "1", shlex.split(match[1], comments=True)
 
 
-@pytest.mark.parametrize("arguments", list(commands()), ids=" ".join)
-def test_every_command_is_understood(arguments, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("ranks", "arguments"), list(commands()))
+def test_every_command_is_understood(ranks, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2" if "--parallel.dp-shard" in arguments else "1")
+    monkeypatch.setenv("WORLD_SIZE", ranks)
     Path("runs/mine").mkdir(parents=True)
     Path("runs/mine/config.json").write_text(to_json(llama3.llama3_debug()))
     if "--help" in arguments:
@@ -38,11 +39,11 @@ def test_every_command_is_understood(arguments, tmp_path, monkeypatch, capsys):
 
 
 def test_the_first_command_is_among_them():
-    assert [] in list(commands())
+    assert ("1", []) in list(commands())
 
 
 def test_every_configuration_is_listed_with_its_size():
-    for name in config_functions(llama3):
+    for name in [*config_functions(llama3), *config_functions(qwen3)]:
         assert f"`{name}`" in README
     assert f"{parameter_count(llama3.llama3_debug().model):,} parameters" in README
 

@@ -15,7 +15,8 @@ from titan_core.clip import gradient_norm
 from titan_core.config import CompileConfig, ParallelConfig, RematConfig
 from titan_core.degrees import resolve_degrees
 from titan_core.init import init_parameters, materialize
-from titan_core.mesh import build_meshes, data_rank, sum_over
+from titan_core.layout import Layout
+from titan_core.mesh import Meshes, build_meshes, data_rank, sum_over
 from titan_core.optim import ModelState
 from titan_core.parallelize import parallelize
 from titan_core.roles import resolve_roles
@@ -108,13 +109,13 @@ def run(
     return dataclasses.replace(outcomes[0], **merged)
 
 
-def run_here(
+def lay_out(
     experiment: Experiment, world_size: int, layout: ParallelConfig, remat: RematConfig, compiling: CompileConfig
-) -> Outcome:
-    """Runs this rank's part of the experiment."""
+) -> tuple[Layout, Meshes | None]:
+    """The experiment's model laid out on this rank, without memory yet, and the meshes."""
     degrees = resolve_degrees(layout, world_size)
-    moe = experiment.model.moe is not None
-    meshes = build_meshes(degrees, "cpu", experts=moe) if world_size > 1 else None
+    experts = experiment.model.moe is not None
+    meshes = build_meshes(degrees, "cpu", experts=experts) if world_size > 1 else None
     with torch.device("meta"):
         model = experiment.model.build().to(experiment.dtype)
     roles = resolve_roles(model, experiment.model.roles())
@@ -132,6 +133,15 @@ def run_here(
         costs=flops_per_token(experiment.model, LENGTH),
         costly=experiment.model.costly_operators(),
     )
+    return laid_out, meshes
+
+
+def run_here(
+    experiment: Experiment, world_size: int, layout: ParallelConfig, remat: RematConfig, compiling: CompileConfig
+) -> Outcome:
+    """Runs this rank's part of the experiment."""
+    laid_out, meshes = lay_out(experiment, world_size, layout, remat, compiling)
+    degrees = resolve_degrees(layout, world_size)
     model = laid_out.model
     materialize(model, torch.device("cpu"))
     init_parameters(model, experiment.model.init_rules(), experiment.seed)
@@ -139,7 +149,7 @@ def run_here(
     losses, norms, gradients = [], [], {}
     for batch in batches(experiment):
         valid = int((batch["labels"] != -100).sum())
-        if moe:
+        if experiment.model.moe is not None:
             batch["row_weights"] = (batch["labels"] != -100).sum(1, dtype=torch.float64) / valid
         rank = data_rank(meshes.data) if meshes else 0
         own = {name: tensor.chunk(degrees.dp)[rank] for name, tensor in batch.items()}

@@ -69,6 +69,7 @@ def test_parts_are_visible_in_the_configuration():
     what = part_of(llama3_debug(), "what")
     assert set(what) == {"model", "data", "training", "optimizer", "schedule", "precision", "quant"}
     assert "source" not in what["data"]
-    assert set(part_of(llama3_debug(), "how")) == {"model", "data", "training", "parallel", "device"}
+    how = part_of(llama3_debug(), "how")
+    assert set(how) == {"model", "data", "training", "parallel", "remat", "compile", "device"}
     assert isinstance(llama3_debug().data, DataConfig)
     assert isinstance(llama3_debug(), TrainConfig)

@@ -101,6 +101,20 @@ def test_materialize_keeps_shared_parameters_shared(toy, toy_rules):
     assert model.norm.weight.min() == model.norm.weight.max() == 1
 
 
+def test_parameters_and_buffers_may_lie_apart_and_both_have_rules(toy):
+    model = toy()
+    model.register_buffer("count", torch.empty(3, device="meta"))
+    materialize(model, torch.device("cpu"), parameters=torch.device("meta"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not model.count.is_meta
+    holder = torch.nn.Module()
+    holder.register_buffer("count", torch.full((3,), 7.0))
+    init_parameters(holder, {"count": ("constant", 0.0)}, 0)
+    assert not holder.count.any()
+    with pytest.raises(InitError, match="'count' has no initialisation rule"):
+        init_parameters(holder, {"other": ("constant", 0.0)}, 0)
+
+
 def test_a_parameter_without_a_rule_is_named_before_anything_changes(toy, toy_rules):
     model = toy()
     materialize(model, torch.device("cpu"))

@@ -24,6 +24,7 @@ def problems(world_size, shapes=SHAPES, *, device="cpu", remat=RematConfig(), co
 FITTING = [
     (1, SHAPES, {}),
     (8, SHAPES, {"tp": 4, "reshard_after_forward": "never"}),
+    (2, SHAPES, {"pp": 2, "reshard_after_forward": "always"}),
     (8, SHAPES, {"reshard_after_forward": 4}),
     (8, SHAPES, {"cp": 4, "cp_method": "ulysses"}),
     (8, SHAPES, {"tp": 2, "cp": 2, "pp": 2, "pp_schedule": "DualPipeV"}),
@@ -46,7 +47,7 @@ def few(**changes):
 REFUSED = [
     (8, SHAPES, {"tp": 8}, r"parallel\.tp 8 does not divide model\.kv_heads 4; use one of \[1, 2, 4\]"),
     (4, few(heads=6, kv_heads=6), {"tp": 4}, r"parallel\.tp 4 does not divide model\.heads 6"),
-    (4, few(vocab_size=3), {"tp": 4}, r"parallel\.tp 4 is more than the model\.vocab_size 3"),
+    (4, few(vocab_size=5), {"tp": 4}, r"parallel\.tp 4 leaves a rank without a row of the model\.vocab_size 5"),
     (4, few(seq_len=66), {"tp": 4}, r"cut a sequence into 4 parts, which does not divide training\.seq_len 66"),
     (2, SHAPES, {"sequence_parallel": False}, r"sequence_parallel is switched off, but there is no tensor parallelism"),
     (2, SHAPES, {"async_tp": True}, r"async_tp has no effect without tensor parallelism"),
@@ -87,7 +88,11 @@ REFUSED = [
     (2, SHAPES, {"ep": 2}, r"parallel\.ep is 2, but this model has no experts"),
     (6, MIXTURE, {"ep": 3}, r"parallel\.ep 3 does not divide the 8 experts of model\.moe; use one of \[1, 2, 4, 8\]"),
     (4, MIXTURE, {"tp": 2, "sequence_parallel": False}, r"every tp rank would send the same tokens to the experts"),
-    (4, MIXTURE, {"tp": 2, "reshard_after_forward": 2}, r"would have to fit the ranks of experts too"),
+    (8, SHAPES, {"tp": 2, "reshard_after_forward": 2}, r"works with dp_replicate, dp_shard and cp only"),
+    (8, SHAPES, {"pp": 2, "reshard_after_forward": 2}, r"works with dp_replicate, dp_shard and cp only"),
+    (4, MIXTURE, {"ep": 2, "reshard_after_forward": 2}, r"works with dp_replicate, dp_shard and cp only"),
+    (1, SHAPES, {"reshard_after_forward": "always"}, r"reshard_after_forward has no effect on one process"),
+    (1, SHAPES, {"grad_sync": "every"}, r"grad_sync has no effect on one process"),
     (8, SHAPES, {"reshard_after_forward": 3}, r"reshard_after_forward 3 is no part of the 8 ranks.*\[2, 4\]"),
     (
         2,
@@ -106,7 +111,7 @@ REFUSED = [
     (2, SHAPES, {"pp_split": ("layers.1",)}, r"parallel\.pp_split is set, but there is no pipeline"),
     (2, SHAPES, {"pp_stages_per_rank": 2}, r"parallel\.pp_stages_per_rank is set, but there is no pipeline"),
     (2, SHAPES, {"pp_schedule_csv": "x.csv"}, r"parallel\.pp_schedule_csv is set, but there is no pipeline"),
-    (2, SHAPES, {"pp": 2, "pp_schedule_csv": "no.csv"}, r"pp_schedule_csv no\.csv does not exist"),
+    (2, SHAPES, {"pp": 2, "pp_schedule_csv": "no.csv"}, r"pp_schedule_csv no\.csv cannot be read"),
     (2, SHAPES, {"pp": 2, "pp_stages_per_rank": 0}, r"pp_stages_per_rank is 0; it must be at least 1"),
     (2, SHAPES, {"pp": 2, "pp_stages_per_rank": 2}, r"pp_stages_per_rank is 2, but 1F1B works with 1 only"),
     (
@@ -177,12 +182,54 @@ WHOLE = CompileConfig(enabled=True, fullgraph=True)
             {"pp": 2, "pp_schedule": "DualPipeV", "remat": RematConfig(mode="selective")},
             r"selective recomputation runs a block's backward only once",
         ),
+        (
+            2,
+            SHAPES,
+            {"pp": 2, "pp_schedule": "InterleavedZeroBubble", "reshard_after_forward": "always"},
+            r"when parameters that are resharded are gone",
+        ),
         (2, SHAPES, {"cp": 2, "compiling": WHOLE}, r"cp_method ring cannot be compiled"),
         (2, MIXTURE, {"ep": 2, "compiling": WHOLE}, r"the host reads how many tokens to send"),
     ],
 )
 def test_techniques_that_exclude_each_other_are_refused(world_size, shapes, layout, message):
     assert any(re.search(message, problem) for problem in problems(world_size, shapes, **layout))
+
+
+def test_a_schedule_that_splits_the_backward_names_everything_it_excludes():
+    found = problems(2, pp=2, pp_schedule="ZBVZeroBubble", compiling=COMPILED, remat=RematConfig(mode="selective"))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["0F0,0B0", "1F0,1B0"], None),
+        (["0F0,0I0,0W0", ",1F0,1B0"], None),
+        (["0F0,0B0"], r"has 1 lines, but parallel\.pp is 2"),
+        (["0F0,0B0", "0F0,0B0"], r"has the stages \[\[0\], \[0\]\] on its lines; 2 stages need each of 0 to 1"),
+        (["0F0", "1F0,1B0"], r"must have once each 0F0, and 0B0 or both 0I0 and 0W0; 1 such are missing or doubled"),
+        (["0F0,0B0,0B0", "1F0,1B0"], r"missing or doubled"),
+        (["0F0,0B0,0F1,0B1", "1F0,1B0,1F1,1B1"], r"has micro-batches beyond the 1 that a rank computes a step"),
+        (["0F0,0X0", "1F0,1B0"], r"'0X0' in line 1 is no action; write actions such as 0F0"),
+    ],
+)
+def test_schedules_from_files(tmp_path, rows, message):
+    path = tmp_path / "schedule.csv"
+    path.write_text("\n".join(rows) + "\n")
+    found = problems(2, few(micro_batches=1), pp=2, pp_schedule_csv=str(path))
+    assert found == [] if message is None else re.search(message, " ".join(found)), found
+    if "0I0" in rows[0]:
+        assert problems(2, few(micro_batches=1), pp=2, pp_schedule_csv=str(path), compiling=COMPILED)
+    assert "has no effect beside" in " ".join(
+        problems(2, few(micro_batches=1), pp=2, pp_schedule_csv=str(path), pp_schedule="GPipe")
+    )
+
+
+def test_a_schedule_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "schedule.csv").write_bytes(b"\xff\xfe\x00")
+    (problem,) = problems(2, pp=2, pp_schedule_csv=str(tmp_path / "schedule.csv"))
+    assert "cannot be read" in problem
 
 
 def test_limits_can_be_checked_without_torch():

@@ -53,6 +53,12 @@ def test_zeros_stay_zeros_and_small_matrices_are_not_taken_for_zeros():
         assert torch.equal(found, orthogonalise(stack, 5))
 
 
+def test_norms_are_taken_in_at_least_float32():
+    matrices = gaussian(3, 40, 50).bfloat16()
+    expected = matrices.float() / matrices.float().square().sum((1, 2), keepdim=True).sqrt()
+    assert torch.equal(orthogonalise(matrices, 0), expected.bfloat16())
+
+
 def group(parameters, lr=0.02, weight_decay=0.1):
     return {"params": list(parameters), "lr": lr, "weight_decay": weight_decay}
 
@@ -136,6 +142,8 @@ def test_the_state_dict_of_torch_continues_bitwise():
         for parameter, other in zip(again, parameters, strict=True):
             parameter.copy_(other)
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in (*optimizer.param_groups, *fresh.param_groups):
+        group["lr"] = 0.5
     for seed in (4, 5):
         move(parameters, optimizer, seed)
         move(again, fresh, seed)

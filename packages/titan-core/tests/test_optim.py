@@ -103,7 +103,7 @@ def test_with_muon_only_matrices_move_otherwise_than_with_adamw(make):
     assert different == MATRICES
 
 
-def test_every_parameter_may_be_a_matrix_of_muon(toy_roles):
+def test_every_parameter_may_be_a_matrix_of_muon():
     model = torch.nn.ModuleDict({"up": torch.nn.Linear(3, 4, bias=False)})
     before = model["up"].weight.detach().clone()
     optimizer = build_optimizer(model, {"up": "colwise"}, OptimizerConfig(name="muon"))

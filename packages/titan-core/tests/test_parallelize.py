@@ -28,6 +28,7 @@ LAYOUTS = {
     "hsdp-2x2": (4, ParallelConfig(dp_replicate=2)),
     "hsdp-2x2-every": (4, ParallelConfig(dp_replicate=2, grad_sync="every")),
     "hsdp-2x2-last": (4, ParallelConfig(dp_replicate=2, grad_sync="last")),
+    "fsdp-2-offloaded": (2, ParallelConfig(cpu_offload=True)),
     "fsdp-4-partly": (4, ParallelConfig(reshard_after_forward=2)),
     "tp-2": (2, ParallelConfig(tp=2)),
     "tp-2-whole-sequences": (2, ParallelConfig(tp=2, sequence_parallel=False)),
@@ -144,6 +145,18 @@ def test_ops_run_in_the_same_dtypes_with_and_without_shards(toy, toy_roles, toy_
     assert alone[1] == {"torch.float32"}
     for sharded in run_ranks(2, observe, 2):
         assert sharded == alone
+
+
+def test_a_pipeline_takes_whole_micro_batches_only(toy, toy_roles, toy_rules):
+    def run():
+        config = ParallelConfig(pp=2)
+        layout, _, _ = lay_out(toy, toy_roles, toy_rules, config, 2, param=torch.float64, micro=3)
+        tokens = torch.zeros(8, 5, dtype=torch.int64)
+        with pytest.raises(ValueError, match="got 8 rows, which do not fill micro-batches of 3"):
+            layout.accumulate({"tokens": tokens, "labels": tokens}, divisor=1)
+        return True
+
+    assert run_ranks(2, run) == [True, True]
 
 
 def test_whole_gradients_are_counted_where_they_are_kept(toy, toy_roles, toy_rules):

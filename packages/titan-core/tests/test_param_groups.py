@@ -103,8 +103,8 @@ def test_a_group_that_decides_nothing_is_refused_by_name(treat):
     unknown = ParamGroupConfig(patterns=("layers.*.mix.upp.weight",))
     with pytest.raises(ParamGroupError, match=r"groups\[1\] \(roles \[\], patterns .*upp.*\) fits no .*'rowwise'"):
         treat(ParamGroupConfig(roles=("bias",)), unknown)
-    with pytest.raises(ParamGroupError, match=r"groups\[0\] \(roles \['embeding'\].* fits no trainable parameter"):
-        treat(ParamGroupConfig(roles=("embeding",)))
+    with pytest.raises(ParamGroupError, match=r"groups\[0\] \(roles \['blocks'\].* fits no trainable parameter"):
+        treat(ParamGroupConfig(roles=("blocks",)))
     with pytest.raises(ParamGroupError, match=r"groups\[1\].* fits only parameters that earlier groups take"):
         treat(ParamGroupConfig(roles=("colwise",)), ParamGroupConfig(patterns=("layers.*.mix.up.weight",)))
 

@@ -21,9 +21,16 @@ Trains a model. Start it with torchrun for more than one process:
 --module NAME    module of configurations: {modules}, an importable module, or a .py file (default {module})
 --config NAME    a function in it, or a run's config.json (default {config})
 --print-config   print the resolved configuration as JSON and stop
+--explain        print what the layout makes of the model: meshes, placements, pipeline, communication; and stop
+--dry-run        rehearse a step on fake tensors, print the memory of the heaviest rank; and stop
+--world-size N   the number of ranks that --explain and --dry-run suppose (default: those that were started)
 """
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+
+
+class UsageError(ValueError):
+    """Arguments that contradict each other."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,14 +43,19 @@ def run(arguments: Sequence[str]) -> int:
     try:
         chosen, rest = _first_stage(arguments)
         config = resolve(_second_stage(load_config(chosen.module, chosen.config), rest))
-        validate(config, _world_size())
+        world_size = _supposed_world_size(chosen)
+        validate(config, world_size)
         if chosen.print_config:
             print(to_json(config), end="")
             return 0
     except ValueError as error:
         _complain(error, on_rank=0)  # every rank was given the same command line
         return _USAGE
+    rehearsing = chosen.explain or chosen.dry_run
     try:
+        if rehearsing:
+            print(_rehearsed(config, world_size, chosen))
+            return 0
         from titan_train.trainer import train
 
         return train(config, name=_run_name(chosen.config))
@@ -51,7 +63,33 @@ def run(arguments: Sequence[str]) -> int:
         return _INTERRUPTED
     except Exception as error:
         _complain(error)
-        return _FAILED
+        return _USAGE if rehearsing and isinstance(error, ValueError) else _FAILED
+
+
+def _supposed_world_size(chosen: argparse.Namespace) -> int:
+    if chosen.world_size is None:
+        return _world_size()
+    if not (chosen.explain or chosen.dry_run):
+        raise UsageError(
+            "--world-size is a supposition for --explain and --dry-run; a run has as many ranks as were started. Add "
+            "one of them, or start ranks with torchrun --nproc-per-node."
+        )
+    if chosen.world_size < 1:
+        raise UsageError(f"--world-size is {chosen.world_size}; it must be at least 1.")
+    return chosen.world_size
+
+
+def _rehearsed(config: TrainConfig, world_size: int, chosen: argparse.Namespace) -> str:
+    texts = []
+    if chosen.explain:
+        from titan_train.explain import explanation_text
+
+        texts.append(explanation_text(config, world_size))
+    if chosen.dry_run:
+        from titan_train.dry_run import dry_run_text
+
+        texts.append(dry_run_text(config, world_size))
+    return "\n\n".join(texts)
 
 
 def _complain(error: Exception, on_rank: int | None = None) -> None:
@@ -59,6 +97,8 @@ def _complain(error: Exception, on_rank: int | None = None) -> None:
     if not (type(error).__module__.startswith("titan_") or isinstance(error, OSError)):
         raise error
     rank = int(os.environ.get("RANK", "0"))
+    if type(error).__module__.startswith("titan_core."):  # it follows from the configuration, so all ranks raise it
+        on_rank = 0
     if type(error).__name__ == "MainRankError" or on_rank not in (None, rank):
         return
     who = f"titan-train (rank {rank})" if _world_size() > 1 and on_rank is None else "titan-train"
@@ -70,6 +110,9 @@ def _first_stage(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--module", default=DEFAULT_MODULE)
     parser.add_argument("--config", default=DEFAULT_CONFIG)
     parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--explain", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--world-size", type=int)
     return parser.parse_known_args(arguments)
 
 

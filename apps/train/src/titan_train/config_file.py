@@ -27,7 +27,7 @@ def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
         return {_TYPE: kind} | {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return [_encode(item) for item in value] if isinstance(value, tuple) else value
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -31,7 +31,7 @@ def what_of(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     what = part_of(config, "what")
     what["model"]["family"] = f"{type(config.model).__module__}.{type(config.model).__qualname__}"
     what["data"]["fingerprint"] = data_fingerprint
-    return json.loads(json.dumps(what))
+    return json.loads(json.dumps(what, default=dataclasses.asdict))  # tuples hold dataclasses too
 
 
 def fingerprint(what: Mapping[str, Any]) -> str:

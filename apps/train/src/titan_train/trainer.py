@@ -93,7 +93,8 @@ class Trainer:
         self.layout, roles = lay_out(config, env)
         share = share_rows(config.training, config.parallel, env.degrees)
         self.model = self.layout.model
-        materialize(self.model, torch.device("cpu") if config.parallel.cpu_offload else env.device)
+        host = torch.device("cpu") if config.parallel.cpu_offload else None
+        materialize(self.model, env.device, parameters=host)
         init_parameters(self.model, config.model.init_rules(), config.training.seed)
         self.optimizer = build_optimizer(self.model, roles, config.optimizer)
 

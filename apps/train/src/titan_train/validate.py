@@ -23,9 +23,11 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *([] if ranges else config.model.problems()),
         *config.precision.problems(),
         *config.quant.problems(),
+        *config.optimizer.problems(),
         *config.schedule.problems(),
         *config.metrics.problems(),
         *_training_problems(config),
+        *_expert_problems(config),
         *([] if ranges else _batch_problems(config, world_size)),
     ]
 
@@ -105,6 +107,20 @@ def _training_problems(config: TrainConfig) -> list[str]:
             hint = f"; did you mean {close[0]!r}" if close else ""
             found.append(f"optimizer.no_decay names the unknown role {role!r}{hint}. Known: {', '.join(known)}.")
     return found
+
+
+def _expert_problems(config: TrainConfig) -> list[str]:
+    """Where torch's grouped product, if it is insisted on, does not take the experts' weights."""
+    moe, dtype = config.model.moe, config.precision.param_dtype or config.precision.master_dtype
+    if moe is None or moe.grouped_mm != "grouped":
+        return []
+    itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
+    if dtype != "float64" and all(width * itemsize % 16 == 0 for width in (config.model.dim, moe.hidden_dim)):
+        return []
+    return [
+        f"model.moe.grouped_mm grouped takes no float64, and only widths that are multiples of 16 bytes; here it is "
+        f"{dtype}, model.dim {config.model.dim} and model.moe.hidden_dim {moe.hidden_dim}. Use auto or loop."
+    ]
 
 
 def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:

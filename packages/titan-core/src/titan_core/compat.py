@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -110,6 +110,8 @@ def set_activation_budget(share: float) -> None:
     from torch._functorch import config
 
     config.activation_memory_budget = share
+    # Regions with communication carry its group of ranks about, which has no size.
+    config.unsafe_treat_script_objects_as_zero_size = True
 
 
 def fsdp_axes(mesh: DeviceMesh) -> Any:
@@ -157,7 +159,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def trusted_pipeline_shapes() -> Iterator[None]:
-    """Within it, the stages of a pipeline take the shapes they are given without a vote, which fake ranks cannot hold."""
+    """Within it, a pipeline's stages take the shapes they are given without a vote, which fake ranks cannot hold."""
     from torch.distributed.pipelining import schedules
     from torch.distributed.pipelining.stage import InferenceMode
 
@@ -194,7 +196,7 @@ def process_group(argument: Any) -> ProcessGroup:
     """The group that an operator of torch.distributed was called with: by name, or as an object of TorchScript."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(argument) if isinstance(argument, str) else ProcessGroup.unbox(argument)
+    return _resolve_process_group(cast(Any, argument)) if isinstance(argument, str) else ProcessGroup.unbox(argument)
 
 
 def schedule_actions(schedule: Any) -> dict[int, list[tuple[int, str, int]]]:

@@ -10,12 +10,21 @@ from titan_core.config import CompileConfig, RematConfig
 from titan_core.surgery import specialise
 
 
+class CompileError(ValueError):
+    """The compiler asked for does not exist."""
+
+
 def compile_blocks(model: nn.Module, roles: Mapping[str, str], config: CompileConfig, remat: RematConfig) -> None:
     """Compiles the forward of each block of `model`; call it after what changes the blocks and before FSDP wraps
     them.
     """
     if not config.enabled:
         return
+    known = torch.compiler.list_backends(exclude_tags=())
+    if isinstance(config.backend, str) and config.backend not in known:
+        raise CompileError(
+            f"compile.backend {config.backend!r} is unknown to this torch; use one of {', '.join(known)}."
+        )
     if remat.mode == "budget":
         # Read when a region is compiled, which is at its first call and again when shapes change.
         from titan_core.compat import set_activation_budget

@@ -127,7 +127,7 @@ class ContextParallelAttention:
         return ring(q, k, v, documents, self._group, self._load_balance)
 
     def _allgather(self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None) -> Tensor:
-        keys, values = self._join(_Gather.apply(torch.cat((k, v), 2), self._group)).chunk(2, 2)
+        keys, values = self._join(_GatherStacked.apply(torch.cat((k, v), 2), self._group)).chunk(2, 2)
         documents = None if document_ids is None else self._join(all_gather(document_ids[None], 0, self._group))
         held = sequence_slices(keys.shape[1], self._rank, self._size, load_balance=self._load_balance)
         mixed = [
@@ -190,7 +190,7 @@ def _attend_to_prefix(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None)
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
 
 
-class _Gather(torch.autograd.Function):
+class _GatherStacked(torch.autograd.Function):
     """Every rank's `x`, stacked: [ranks, *]. The backward is a reduce-scatter.
 
     It sums in rank order and in at least float32, which a reduce-scatter of half-precision numbers would not, and sends

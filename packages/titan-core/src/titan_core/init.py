@@ -27,18 +27,21 @@ class InitError(ValueError):
     """A parameter or buffer has no initialisation rule, or its rule is unknown."""
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
-    """Gives meta parameters and buffers uninitialised memory on `device`; shared ones stay shared."""
+def materialize(model: nn.Module, device: torch.device, *, parameters: torch.device | None = None) -> None:
+    """Gives meta parameters and buffers uninitialised memory on `device`; shared ones stay shared.
+
+    `parameters`: where these go instead, if it is elsewhere.
+    """
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
         buffers = module.named_buffers(recurse=False, remove_duplicate=False)
-        for name, tensor in [*parameters, *buffers]:
+        for name, tensor in [*own, *buffers]:
             if not tensor.is_meta:
                 continue
             if tensor not in made:
-                empty = torch.empty_like(tensor, device=device)
                 is_parameter = isinstance(tensor, nn.Parameter)
+                empty = torch.empty_like(tensor, device=parameters if is_parameter and parameters else device)
                 made[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
             setattr(module, name, made[tensor])
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from titan_core.config import CompileConfig, ParallelConfig, RematConfig
 from titan_core.degrees import Degrees, divisors
-from titan_core.stages import SCHEDULES, pipeline_problems
+from titan_core.schedule_file import read_schedule
+from titan_core.stages import SCHEDULES, pipeline_problems, stage_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def limit_problems(
         *_experts(config, degrees, shapes),
         *pipeline_problems(config, layers=shapes.layers, micro_batches=shapes.micro_batches),
         *_pipeline(config, degrees, shapes, remat, compiling),
-        *_fsdp(config, degrees, shapes, device),
+        *_fsdp(config, degrees, device),
         *remat.problems(),
         *_compiling(config, degrees, remat, compiling),
     ]
@@ -61,8 +61,8 @@ def _tensor(config: ParallelConfig, degrees: Degrees, shapes: Shapes) -> Iterato
     for name, number in (("heads", shapes.heads), ("kv_heads", shapes.kv_heads)):
         if number % tp:
             yield f"parallel.tp {tp} does not divide model.{name} {number}; use one of {divisors(number)}."
-    if shapes.vocab_size < tp:
-        yield f"parallel.tp {tp} is more than the model.vocab_size {shapes.vocab_size}; lower it."
+    if (tp - 1) * -(-shapes.vocab_size // tp) >= shapes.vocab_size:
+        yield f"parallel.tp {tp} leaves a rank without a row of the model.vocab_size {shapes.vocab_size}; lower it."
     if config.sequence_parallel and shapes.seq_len % (tp * degrees.cp):
         yield (
             f"parallel.tp {tp} x parallel.cp {degrees.cp} cut a sequence into {tp * degrees.cp} parts, which does "
@@ -138,38 +138,59 @@ def _pipeline(
             "parallel.pp puts the embedding and the head on different stages, but model.tie_embeddings lets them "
             "share a weight; set it to false, or parallel.pp to 1."
         )
+    splits, name = SCHEDULES[config.pp_schedule].splits_backward, config.pp_schedule
     if config.pp_schedule_csv:
-        if not Path(config.pp_schedule_csv).is_file():
-            yield f"parallel.pp_schedule_csv {config.pp_schedule_csv} does not exist; give the path of a CSV file."
-    elif compiling.enabled and SCHEDULES[config.pp_schedule].splits_backward:
-        whole = ", ".join(name for name, facts in SCHEDULES.items() if not facts.splits_backward)
-        yield (
-            f"{config.pp_schedule} computes gradients of weights apart from the others, which compiled blocks "
-            f"cannot do; leave out --compile.enabled, or use one of {whole}."
-        )
-    elif remat.mode == "selective" and SCHEDULES[config.pp_schedule].splits_backward:
-        yield (
-            f"{config.pp_schedule} computes gradients of weights apart from the others, and selective recomputation "
-            f"runs a "
-            "block's backward only once; use --remat.mode full, or a schedule that does not split the backward."
-        )
+        if config.pp_schedule != ParallelConfig().pp_schedule:
+            yield "parallel.pp_schedule has no effect beside parallel.pp_schedule_csv; leave one of them out."
+        try:
+            file = read_schedule(config.pp_schedule_csv)
+        except ValueError as error:
+            yield str(error)
+            return
+        yield from file.problems(pp=degrees.pp, stages=stage_count(config), micro_batches=shapes.micro_batches)
+        splits, name = file.splits_backward, config.pp_schedule_csv
+    if splits:
+        yield from _split_backward(config, name, remat, compiling)
     if config.grad_sync == "every":
         yield "A pipeline reduces gradients once a step; leave parallel.grad_sync at auto or last."
 
 
-def _fsdp(config: ParallelConfig, degrees: Degrees, shapes: Shapes, device: str) -> Iterator[str]:
+def _split_backward(
+    config: ParallelConfig, schedule: str, remat: RematConfig, compiling: CompileConfig
+) -> Iterator[str]:
+    apart = f"{schedule} computes gradients of weights apart from the others"
+    whole = ", ".join(name for name, facts in SCHEDULES.items() if not facts.splits_backward)
+    if compiling.enabled:
+        yield f"{apart}, which compiled blocks cannot do; leave out --compile.enabled, or use one of {whole}."
+    if remat.mode == "selective":
+        yield (
+            f"{apart}, and selective recomputation runs a block's backward only once; use --remat.mode full, or one of "
+            f"{whole}."
+        )
+    if config.reshard_after_forward not in ("default", "never"):
+        yield (
+            f"{apart}, when parameters that are resharded are gone; leave parallel.reshard_after_forward at "
+            f"default, or use one of {whole}."
+        )
+
+
+def _fsdp(config: ParallelConfig, degrees: Degrees, device: str) -> Iterator[str]:
     if config.cpu_offload and device == "cpu":
         yield "parallel.cpu_offload has no effect on a CPU, where everything is in the host's memory; leave it out."
     if config.cpu_offload and degrees.world_size == 1:
         yield "parallel.cpu_offload works through FSDP, which needs at least 2 ranks; start more, or leave it out."
+    for name in ("grad_sync", "reshard_after_forward"):
+        if degrees.world_size == 1 and getattr(config, name) != getattr(ParallelConfig(), name):
+            yield f"parallel.{name} has no effect on one process; leave it out, or start more."
     policy, ranks = config.reshard_after_forward, degrees.dp_shard * degrees.cp
-    if isinstance(policy, int) and shapes.experts and degrees.tp * degrees.ep > 1:
-        yield (
-            "A number for parallel.reshard_after_forward would have to fit the ranks of experts too, which are "
-            "others; use always or never."
-        )
+    if not isinstance(policy, int):
         return
-    if isinstance(policy, int) and (policy < 2 or policy >= ranks or ranks % policy):
+    if degrees.tp * degrees.pp * degrees.ep > 1:
+        yield (
+            "A number for parallel.reshard_after_forward works with dp_replicate, dp_shard and cp only: torch makes "
+            "groups for it that all ranks would have to make alike; use always or never."
+        )
+    elif degrees.world_size > 1 and (policy < 2 or policy >= ranks or ranks % policy):
         fits = [d for d in divisors(ranks) if 1 < d < ranks]
         yield (
             f"parallel.reshard_after_forward {policy} is no part of the {ranks} ranks of dp_shard x cp; use "

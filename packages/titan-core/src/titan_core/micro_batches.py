@@ -2,16 +2,13 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from titan_core.layout import Batch
 from titan_core.routers import Routers
-
-Batch = Mapping[str, Tensor]
-"""`tokens` [B, S] int64, and under the names of the model's further arguments: `positions`, `document_ids` and `labels`
-[B, S] int64, `row_weights` [B]. All of this rank's rows of a step, on its device."""
 
 
 class MicroBatchLoop(ABC):

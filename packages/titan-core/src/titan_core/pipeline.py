@@ -6,10 +6,8 @@ micro-batch.
 """
 
 import copy
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +19,9 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from titan_core.compat import pipeline_schedule_from_csv
 from titan_core.config import ParallelConfig
 from titan_core.fsdp import whole_gradient_bytes
-from titan_core.micro_batches import Batch
+from titan_core.layout import Batch
 from titan_core.routers import Routers
+from titan_core.schedule_file import read_schedule
 from titan_core.stages import SCHEDULES, balanced_stages, rank_of_stage, stage_count
 
 
@@ -121,16 +120,13 @@ def _refuse_sharing(model: nn.Module, names: Sequence[Sequence[str]]) -> None:
                 if stage_of.setdefault(parameter, stage) != stage:
                     raise PipelineError(
                         f"{fqn!r} on the pipeline's stage {stage} shares a parameter with stage "
-                        f"{stage_of[parameter]}; a "
-                        "model with tied embeddings cannot be pipelined. Set model.tie_embeddings to false, or "
-                        "parallel.pp to 1."
+                        f"{stage_of[parameter]}; a model with tied embeddings cannot be pipelined. Set "
+                        "model.tie_embeddings to false, or parallel.pp to 1."
                     )
 
 
 def part_of(model: nn.Module, keep: Iterable[str], prefix: str = "") -> nn.Module:
-    """`model` with only the submodules named by `keep`, which it shares; the others are None, or missing from a
-    list.
-    """
+    """`model` with only the submodules that `keep` names, and shares; others are None, or left out of a list."""
     part = copy.copy(model)
     for name, value in vars(model).items():
         if isinstance(value, dict):  # hooks and the like belong to one part
@@ -149,38 +145,13 @@ def part_of(model: nn.Module, keep: Iterable[str], prefix: str = "") -> nn.Modul
 
 
 def stage_ranks(config: ParallelConfig) -> list[int]:
-    """The pipeline rank of each stage.
-
-    Raises:
-        PipelineError: if the schedule's file does not have each stage on one of the ranks.
-    """
+    """The pipeline rank of each stage."""
     count = stage_count(config)
     if config.pp_schedule_csv:
-        return _csv_stage_ranks(config.pp_schedule_csv, count, config.pp)
+        ranks = read_schedule(config.pp_schedule_csv).ranks()
+        return [ranks[stage] for stage in range(count)]
     shape = SCHEDULES[config.pp_schedule].shape
     return [rank_of_stage(stage, config.pp, shape) for stage in range(count)]
-
-
-def _csv_stage_ranks(path: str, count: int, pp: int) -> list[int]:
-    ranks: dict[int, int] = {}
-    with Path(path).open(newline="") as file:
-        for rank, row in enumerate(csv.reader(file)):
-            for action in filter(None, (cell.strip() for cell in row)):
-                digits = action[: len(action) - len(action.lstrip("0123456789"))]
-                if not digits:
-                    raise PipelineError(
-                        f"{path}: {action!r} in line {rank + 1} names no stage; write actions such as 0F0."
-                    )
-                if ranks.setdefault(int(digits), rank) != rank:
-                    raise PipelineError(
-                        f"{path}: stage {digits} is on line {rank + 1} and on {ranks[int(digits)] + 1}."
-                    )
-    if sorted(ranks) != list(range(count)) or set(ranks.values()) != set(range(pp)):
-        raise PipelineError(
-            f"{path} has the stages {sorted(ranks)} on {len(set(ranks.values()))} lines; {pp} ranks with {count // pp} "
-            f"stages each need 0 to {count - 1} on {pp} lines. Set parallel.pp_stages_per_rank, or mend the file."
-        )
-    return [ranks[stage] for stage in range(count)]
 
 
 class Pipeline:
@@ -199,9 +170,8 @@ class Pipeline:
         dtype: torch.dtype,
         itemsize: int,
     ) -> None:
-        """`size`: rows of a micro-batch. `width`: D of the hidden states, which have `dtype`; `sequence_cut`: into
-        how many
-        parts tp cuts a sequence between blocks. `itemsize`: bytes of an element of a gradient.
+        """`size`: rows of a micro-batch. `width`: D of the hidden states, which have `dtype`. `sequence_cut`: into how
+        many parts tp cuts a sequence between blocks. `itemsize`: bytes of an element of a gradient.
         """
         self.model = stages.model
         self.routers = routers
@@ -234,6 +204,11 @@ class Pipeline:
 
     def _build(self, tokens: Tensor) -> Any:
         rows, length = tokens.shape
+        if rows % self._size:
+            raise PipelineError(
+                f"A pipeline got {rows} rows, which do not fill micro-batches of {self._size}; pad them with rows "
+                f"without labels."
+            )
         # Given ahead, so that the first step does not run the model once more to see shapes.
         hidden = torch.empty(
             self._size, length // self._sequence_cut, self._width, dtype=self._dtype, device="meta", requires_grad=True

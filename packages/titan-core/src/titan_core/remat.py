@@ -50,10 +50,12 @@ def apply_remat(model: nn.Module, roles: Mapping[str, str], config: RematConfig,
     contexts = _selective_contexts(names) if config.mode == "selective" else None
     blocks = [fqn for fqn, role in roles.items() if role == "block"]
     for block in blocks[:: config.every]:
-        _recompute(model.get_submodule(block), config, contexts)
+        _recompute(model.get_submodule(block), config, names, contexts)
 
 
-def _recompute(block: nn.Module, config: RematConfig, contexts: Callable[[], Any] | None) -> None:
+def _recompute(
+    block: nn.Module, config: RematConfig, names: tuple[str, ...], contexts: Callable[[], Any] | None
+) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if contexts is not None:
         options["context_fn"] = contexts
@@ -64,7 +66,7 @@ def _recompute(block: nn.Module, config: RematConfig, contexts: Callable[[], Any
 
         return {"forward": forward}
 
-    specialise(block, ("remat", config), members)
+    specialise(block, ("remat", config, names), members)
 
 
 def _selective_contexts(names: tuple[str, ...]) -> Callable[[], Any]:

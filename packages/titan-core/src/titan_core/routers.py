@@ -47,9 +47,13 @@ class Routers:
     @torch.no_grad()
     def finish_step(self) -> None:
         """Sums the loads of a step over all ranks, lets each router move its bias, and starts to count anew."""
-        for fqn, router in self._routers.items():
-            self.loads[fqn] = _sum(router.load.clone(), self._groups)
-            router.finish_step(self.loads[fqn])
+        if not self._routers:
+            return
+        together = _sum(torch.cat([router.load for router in self._routers.values()]), self._groups)
+        sizes = [router.load.numel() for router in self._routers.values()]
+        for (fqn, router), load in zip(self._routers.items(), together.split(sizes), strict=True):
+            self.loads[fqn] = load
+            router.finish_step(load)
             router.load.zero_()
 
 

@@ -19,8 +19,8 @@ class ScheduleFacts:
     fixed: bool
     """Whether it works with that number only."""
     shape: Literal["loop", "v"] = "loop"
-    """`loop`: stage i runs on rank i modulo pp; `v`: there and back again, so that rank 0 has the first and the "
-    "last."""
+    """`loop`: stage i runs on rank i modulo pp; `v`: there and back again, so that rank 0 has the first and the
+    last."""
     splits_backward: bool = False
     """Whether gradients of weights are computed apart from those of activations."""
 

@@ -29,8 +29,7 @@ def local_parameter(name: str, through: Callable[[Tensor], Tensor | None] | None
     """A class member that reads the parameter `name` as this rank's plain tensor, passed `through` a function.
 
     The parameter itself stays where it is: `named_parameters` and state dicts see it as before. FSDP reads the
-    attribute
-    too and gets what it put there, unless that is gathered: then it lies on one axis of the mesh only.
+    attribute too and gets what it put there, unless that is gathered: then it lies on one axis of the mesh only.
     """
 
     def get(module: nn.Module) -> Tensor | None:

@@ -21,12 +21,27 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from titan_core.collectives import gather, scatter_sum, sum_backward, sum_forward
 from titan_core.compat import overlap_tensor_parallel
+from titan_core.config import ParallelConfig
 from titan_core.loss import vocabulary_parallel_logits, vocabulary_parallel_loss
+from titan_core.mesh import Meshes
 from titan_core.roles import ROLES
 from titan_core.shards import owned
 from titan_core.surgery import local_parameter, specialise
 
 _SEQUENCE = 1  # the dimension of S in [B, S, D]
+
+
+def apply_tensor_parallel(model: nn.Module, roles: Mapping[str, str], meshes: Meshes, config: ParallelConfig) -> None:
+    """Cuts the weight matrices of `model`, which may still be on the meta device, over the tp ranks.
+
+    Raises:
+        AsyncTensorParallelError: if `async_tp` is asked of GPUs that cannot read each other's memory.
+    """
+    if meshes.degrees.tp == 1:
+        return
+    if config.async_tp:
+        enable_async_tensor_parallel(meshes.degrees.tp)
+    TensorParallel(meshes.dense["tp"], sequence_parallel=config.sequence_parallel).apply(model, roles)
 
 
 class AsyncTensorParallelError(RuntimeError):
@@ -39,7 +54,7 @@ class TensorParallel:
     def __init__(self, tp: DeviceMesh, *, sequence_parallel: bool) -> None:
         self._mesh = tp
         self._group: ProcessGroup = tp.get_group()
-        self._key = (self._group.group_name, sequence_parallel)
+        self._key = (self._group, sequence_parallel)
         self._made: dict[nn.Parameter, nn.Parameter] = {}
         group = self._group
         if sequence_parallel:

@@ -142,7 +142,7 @@ def _box(whole: _Box, mesh_shape: _Shape, placements: Sequence[Any], coordinate:
     axes = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     # Where FSDP cuts along a dimension that an inner axis has cut before, its placement denies to be a Shard.
     last = [i for i in axes if not placements[i].is_shard()]
-    for i in [*(i for i in axes if i not in last), *reversed(last)]:
+    for i in [*(i for i in axes if i not in last), *last]:
         side = box[placements[i].dim]
         size = -(-len(side) // mesh_shape[i])
         box[placements[i].dim] = side[coordinate[i] * size : (coordinate[i] + 1) * size]

@@ -30,7 +30,8 @@ def _stretch(frequency: float, scaling: RopeScaling) -> float:
 def rope_table(positions: Tensor, frequencies: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines for `positions` [B, S]: two tensors [B, S, 1, H/2], in at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
-    rates = torch.tensor(frequencies, dtype=wide, device=positions.device)
+    # Without waiting: a GPU would have to finish what it is at.
+    rates = torch.tensor(frequencies, dtype=wide).to(positions.device, non_blocking=True)
     angles = (positions.to(wide)[..., None] * rates)[:, :, None, :]
     return angles.cos(), angles.sin()
 

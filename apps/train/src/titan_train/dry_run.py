@@ -1,0 +1,112 @@
+"""`titan-train --dry-run`: the memory of the heaviest rank, before a cluster is paid for."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+
+from titan_core.degrees import resolve_degrees
+from titan_core.explain import Stage, describe_stages
+from titan_core.explain_text import human
+from titan_core.memory_use import MemoryUse
+from titan_core.roles import resolve_roles
+from titan_core.timeline import compute_order, most_in_flight
+from titan_models.facts import flops_per_token
+from titan_train.config import TrainConfig
+from titan_train.rehearsal import rehearse_all
+from titan_train.rows import share_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a training step takes of the ranks that were tried."""
+
+    world_size: int
+    """Number of ranks."""
+    memory: dict[int, MemoryUse]
+    """Rank -> bytes alive when most are."""
+    seconds: float
+    """How long it took to find out."""
+
+    @property
+    def heaviest(self) -> int:
+        """The rank that needs most."""
+        return max(self.memory, key=lambda rank: self.memory[rank].total)
+
+
+def dry_run(config: TrainConfig, world_size: int) -> DryRun:
+    """Rehearses a training step of a validated configuration on `world_size` ranks."""
+    started = time.perf_counter()
+    ranks = _candidates(config, world_size)
+    rehearsals = rehearse_all(config, world_size, ranks)
+    memory = {rank: rehearsal.memory for rank, rehearsal in zip(ranks, rehearsals, strict=True)}
+    return DryRun(world_size=world_size, memory=memory, seconds=time.perf_counter() - started)
+
+
+def dry_run_text(config: TrainConfig, world_size: int) -> str:
+    """What `titan-train --dry-run` prints for a validated configuration on `world_size` ranks."""
+    result = dry_run(config, world_size)
+    rank = result.heaviest
+    use = result.memory[rank]
+    lines = [
+        f"A training step on {world_size} rank{'s' if world_size > 1 else ''} of fake tensors, in "
+        f"{result.seconds:,.1f} s. Rank {rank} needs most:"
+    ]
+    categories = {field.name: getattr(use, field.name) for field in dataclasses.fields(use)}
+    lines += [f"  {name:<14}{human(size):>12}  {_MEANING[name]}" for name, size in categories.items()]
+    lines.append(f"  {'peak':<14}{human(use.total):>12}  all of them, when most is alive")
+    if len(result.memory) > 1:
+        lines.append("The ranks that could need most, the first of each pipeline stage tried:")
+        lines += [f"  rank {tried:<9}{human(memory.total):>12}" for tried, memory in result.memory.items()]
+    return "\n".join([*lines, *(f"note: {note}" for note in _assumptions(config))])
+
+
+_MEANING = {
+    "parameters": "this rank's shards, and buffers",
+    "gradients": "shards, and whole ones that wait for their reduction",
+    "optimizer": "its state",
+    "activations": "what forward keeps for backward, and what both are working on",
+    "communication": "parameters gathered or cast, buffers of reductions and of the pipeline",
+    "other": "the batch, clipping, the optimizer's own work",
+}
+
+
+def _candidates(config: TrainConfig, world_size: int) -> list[int]:
+    """The first rank of each pipeline rank that may need most; other ranks of its stages hold as much or less."""
+    degrees = resolve_degrees(config.parallel, world_size)
+    if degrees.pp == 1:
+        return [0]
+    with torch.device("meta"):
+        model = config.model.build()
+    roles = resolve_roles(model, config.model.roles())
+    costs = flops_per_token(config.model, config.training.seq_len)
+    stages = describe_stages(model, roles, config.parallel, costs)
+    micro_batches = share_rows(config.training, config.parallel, degrees).micro_batches
+    order = compute_order(config.parallel, micro_batches)
+    in_flight = [most_in_flight(order[rank], {s.number: s.cost_share for s in stages}) for rank in range(degrees.pp)]
+    parameters = [_parameters(stages, rank) for rank in range(degrees.pp)]
+    # The ends hold the embedding and the head, and of the ranks between them those with most of anything.
+    between = range(1, degrees.pp - 1)
+    most = {max(between, key=numbers.__getitem__) for numbers in (in_flight, parameters) if between}
+    return [rank * (world_size // degrees.pp) for rank in sorted({0, degrees.pp - 1} | most)]
+
+
+def _parameters(stages: tuple[Stage, ...], rank: int) -> int:
+    return sum(stage.parameters for stage in stages if stage.rank == rank)
+
+
+def _assumptions(config: TrainConfig) -> list[str]:
+    notes = [
+        "bytes of live tensors; allocators, the GPU's context and communication libraries need some more",
+        "attention is that of the CPU's kernel, whose memory grows with the sequence as that of a flash kernel does",
+    ]
+    if config.data.confine_attention:
+        notes.append("attention confined to documents builds a mask of S x S for each row, on the CPU as on a GPU")
+    if config.model.moe is not None:
+        notes.append("tokens are taken to be dealt evenly to experts; a rank with popular ones needs more")
+    if config.compile.enabled:
+        notes.append("nothing was compiled; compiled blocks usually keep fewer activations")
+    if config.parallel.cpu_offload:
+        notes.append("parameters, gradients and the optimizer's state are in the host's memory")
+    return notes

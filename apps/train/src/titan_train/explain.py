@@ -1,0 +1,84 @@
+"""`titan-train --explain`: what a layout makes of a model, without a GPU and without other ranks."""
+
+import shutil
+
+import torch
+
+from titan_core.degrees import resolve_degrees
+from titan_core.explain import (
+    Explanation,
+    Parameters,
+    View,
+    describe_meshes,
+    describe_parameters,
+    describe_roles,
+    describe_stages,
+    merge_parameters,
+)
+from titan_core.explain_text import render
+from titan_core.roles import resolve_roles
+from titan_core.timeline import compute_order, play
+from titan_models.facts import flops_per_token
+from titan_train.build import lay_out
+from titan_train.config import TrainConfig
+from titan_train.forked import in_processes
+from titan_train.rehearsal import fake_environment, rehearsable, rehearse_all
+from titan_train.rows import share_rows
+
+
+def explanation_text(config: TrainConfig, world_size: int) -> str:
+    """What `titan-train --explain` prints for a validated configuration on `world_size` ranks."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 200)
+    return render(explain(config, world_size), width) + "\n\n" + _assumptions(config)
+
+
+def explain(config: TrainConfig, world_size: int) -> Explanation:
+    """The layout of a validated configuration on `world_size` ranks.
+
+    Meshes are seen from, and traffic is that of, the first rank of the pipeline rank whose stages cost most.
+    """
+    degrees = resolve_degrees(config.parallel, world_size)
+    with torch.device("meta"):
+        model = config.model.build()
+    roles = resolve_roles(model, config.model.roles())
+    stages = describe_stages(model, roles, config.parallel, flops_per_token(config.model, config.training.seq_len))
+    cost = [sum(stage.cost_share for stage in stages if stage.rank == rank) for rank in range(degrees.pp)]
+    firsts = [rank * (world_size // degrees.pp) for rank in range(degrees.pp)]
+    rank = firsts[cost.index(max(cost))]
+    seen = dict(zip(firsts, in_processes(_look, [(config, world_size, first) for first in firsts]), strict=True))
+    timeline = None
+    if degrees.pp > 1:
+        micro_batches = share_rows(config.training, config.parallel, degrees).micro_batches
+        timeline = play(compute_order(config.parallel, micro_batches))
+    (rehearsal,) = rehearse_all(config, world_size, [rank])
+    return Explanation(
+        world_size=world_size,
+        rank=rank,
+        views=seen[rank][0],
+        roles=describe_roles(roles, degrees, config.parallel, remat=config.remat, compiling=config.compile),
+        parameters=merge_parameters(line for _, lines in seen.values() for line in lines),
+        stages=stages,
+        timeline=timeline,
+        traffic=rehearsal.traffic,
+    )
+
+
+def _look(config: TrainConfig, world_size: int, rank: int) -> tuple[tuple[View, ...], tuple[Parameters, ...]]:
+    """The meshes and the parameters as `rank` has them."""
+    with fake_environment(config, world_size, rank) as env:
+        layout, roles = lay_out(rehearsable(config), env)
+        views = () if env.meshes is None else describe_meshes(env.meshes)
+        return views, describe_parameters(layout.model, roles)
+
+
+def _assumptions(config: TrainConfig) -> str:
+    notes = [
+        "a step's traffic leaves out what ranks agree on beside training: whether to stop, what is logged and saved"
+    ]
+    if config.model.moe is not None and config.parallel.ep > 1:
+        notes.append("tokens are taken to be dealt evenly to experts; real routing moves more or fewer to some ranks")
+    if config.compile.enabled:
+        notes.append(
+            "the compiler was not run; recomputation chosen by it, and what it fuses, may change a few numbers"
+        )
+    return "\n".join(f"note: {note}" for note in notes)

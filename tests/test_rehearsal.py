@@ -1,0 +1,158 @@
+"""A rehearsal on fake ranks and tensors against real ones: the same collectives, the same bytes."""
+
+import dataclasses
+import json
+
+import pytest
+from torch.profiler import ProfilerActivity, profile
+
+from ranks import run_ranks
+from runs import BF16, TINY, change, layout
+from titan_core.compat import trusted_pipeline_shapes
+from titan_core.config import RematConfig
+from titan_core.memory_use import MemoryUse
+from titan_models.config import MoEConfig
+from titan_train.environment import environment
+from titan_train.forked import in_processes
+from titan_train.rehearsal import Rehearsal, measured_step, rehearsable, rehearse, rehearse_all
+
+SMALL = change(TINY, **{"training.seq_len": 16, "training.micro_batch_size": 1, "training.global_batch_size": 4})
+MIXTURE = change(
+    SMALL,
+    **{"model.moe": MoEConfig(experts=4, top_k=2, hidden_dim=32, balance_loss=0.1), "data.confine_attention": False},
+)
+PP_SCHEDULES = ("GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "DualPipeV")
+
+
+def pipeline(schedule):
+    return 2, {**layout(pp=2, pp_schedule=schedule), "model.layers": 4}
+
+
+LAYOUTS = {
+    "one rank": (1, {}),
+    "fsdp 2, gradients reduced last": (2, layout(grad_sync="last")),
+    "hsdp 2x2, bfloat16": (4, {**layout(dp_replicate=2), "precision": BF16}),
+    "tp 2 x fsdp 2, recomputed": (4, {**layout(tp=2), "remat": RematConfig(mode="full")}),
+    "cp 2, ring": (2, layout(cp=2)),
+    "pp 2, ZBVZeroBubble": pipeline("ZBVZeroBubble"),
+    "pp 2 x tp 2": (4, layout(pp=2, tp=2)),
+}
+OTHERS = {
+    "fsdp 2": (2, layout()),
+    "never resharded": (2, layout(reshard_after_forward="never")),
+    "tp 2, whole sequences": (2, layout(tp=2, sequence_parallel=False)),
+    "cp 2, allgather": (2, layout(cp=2, cp_method="allgather")),
+    "cp 2, ulysses": (2, layout(cp=2, cp_method="ulysses")),
+    "muon": (2, {"optimizer.name": "muon"}),
+    "pp 2 x tp 2 x fsdp 2": (8, layout(pp=2, tp=2)),
+    **{f"pp 2, {name}": pipeline(name) for name in PP_SCHEDULES},
+}
+
+
+def real(config, world_size):
+    """A measured step of each of so many real ranks."""
+
+    def run():
+        with environment(config) as env:
+            # Without the stages' vote, which they hold once a run.
+            return measured_step(rehearsable(config), env, tensors=trusted_pipeline_shapes())
+
+    return [run()] if world_size == 1 else run_ranks(world_size, run)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_fake_ranks_send_and_hold_what_real_ones_do(name):
+    check(*LAYOUTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_so_do_those_of_other_layouts(name):
+    check(*OTHERS[name])
+
+
+def check(world_size, changes):
+    """Compares the first and the last rank, which differ most."""
+    config = change(SMALL, **changes)
+    ranks = sorted({0, world_size - 1})
+    fake = in_processes(rehearse, [(config, world_size, rank) for rank in ranks])
+    measured = real(config, world_size)
+    for (memory, traffic), rehearsal in zip([measured[rank] for rank in ranks], fake, strict=True):
+        assert list(rehearsal.traffic) == traffic
+        assert (world_size > 1) == bool(traffic)
+        for kind in ("parameters", "optimizer"):
+            assert getattr(rehearsal.memory, kind) == getattr(memory, kind)
+        # Gloo lets go of what it sends a little later than fake ranks, which send at once.
+        assert rehearsal.memory.total == pytest.approx(memory.total, rel=0.1)
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 4, "tp": 2}])
+def test_tokens_are_dealt_evenly_to_experts(degrees):
+    config = change(MIXTURE, **layout(**degrees))
+    fake = in_processes(rehearse, [(config, 4, rank) for rank in (0, 3)])
+    for (_, traffic), rehearsal in zip(real(config, 4)[::3], fake, strict=True):
+        ours, theirs = ({(f.axis, f.kind, f.cause): f for f in flows} for flows in (rehearsal.traffic, traffic))
+        assert ours.keys() == theirs.keys()
+        for key, flow in ours.items():
+            assert flow.count == theirs[key].count
+            if key[1] != "all-to-all":
+                assert flow == theirs[key]
+
+
+def test_the_peak_is_what_the_profiler_sees(tmp_path):
+    config = change(SMALL, **{"model.dim": 128, "training.seq_len": 64, "precision": BF16})
+    with environment(config) as env, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        memory, _ = measured_step(rehearsable(config), env)
+    profiler.export_chrome_trace(str(tmp_path / "trace"))
+    events = [e for e in json.loads((tmp_path / "trace").read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    alive = most = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        alive += event["args"]["Bytes"]
+        most = max(most, alive)
+    assert memory.total == pytest.approx(most, rel=0.02)
+    parameters = sum(p.numel() for p in config.model.build().parameters()) * 4
+    assert memory.parameters == parameters
+    assert memory.optimizer == pytest.approx(2 * parameters, rel=0.001)  # a step count for each parameter beside
+    (rehearsal,) = in_processes(rehearse, [(config, 1, 0)])
+    assert rehearsal.memory == memory
+
+
+MANY = {
+    "accumulation": (2, layout()),
+    "accumulation, uneven": (1, {"training.micro_batch_size": 3}),
+    "pp 2": (2, layout(pp=2)),
+    "pp 2, interleaved": pipeline("Interleaved1F1B"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_micro_batches_follow_from_a_few(name):
+    world_size, changes = MANY[name]
+    config = change(SMALL, **{"training.global_batch_size": 14, **changes})
+    last = world_size - 1
+    (whole,) = in_processes(rehearse, [(config, world_size, last)])
+    (few,) = rehearse_all(config, world_size, [last])
+    assert (few.memory, few.traffic) == (whole.memory, whole.traffic)
+
+
+def test_few_micro_batches_are_rehearsed_as_they_are(monkeypatch):
+    counts = []
+
+    def note(function, tasks):
+        counts.extend(task[3] for task in tasks)
+        return [Rehearsal(memory=MemoryUse(), traffic=(), seconds=0.0) for _ in tasks]
+
+    monkeypatch.setattr("titan_train.rehearsal.in_processes", note)
+    for batch in (2, 8, 400):
+        rehearse_all(change(SMALL, **{"training.global_batch_size": batch}), 1, [0])
+    assert counts == [2, 2, 3, 2, 3]
+
+
+def test_what_fake_tensors_cannot_do_is_left_out():
+    config = change(TINY, **{"compile.enabled": True, "device": "auto", "remat": RematConfig(mode="budget")})
+    ready = rehearsable(config)
+    assert not ready.compile.enabled
+    assert ready.remat.mode == "none"
+    assert ready.model.loss_chunk_tokens == 2048
+    assert rehearsable(change(config, device="cpu")).model.loss_chunk_tokens is None
+    assert dataclasses.replace(ready.model, loss_chunk_tokens=None) == config.model
