@@ -83,3 +83,15 @@ def test_gradients_are_computed_only_where_needed():
     assert head.weight.grad is None
     with torch.no_grad():
         assert not head(hidden, labels).requires_grad
+
+
+def test_gradients_are_let_go_once_they_are_handed_over():
+    """A pipeline keeps the losses of all micro-batches until the step ends: they must not keep a vocabulary's "
+    "gradients."""
+    head = Head(8, 16)
+    torch.nn.init.normal_(head.weight)
+    loss = head(torch.randn(1, 4, 8, requires_grad=True), torch.zeros(1, 4, dtype=torch.int64))
+    assert len(loss.grad_fn.saved_tensors) == 2
+    loss.backward()
+    with pytest.raises(RuntimeError, match="already been freed"):
+        _ = loss.grad_fn.saved_tensors

@@ -56,8 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
             elif grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[rows]
-        # Not saved by save_for_backward, which forbids to change them.
-        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.scale = None
         return loss
 
@@ -68,8 +67,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (scale,) = grad_outputs
         factor = scale if ctx.scale is None else torch.where(scale == ctx.scale, 1.0, scale / ctx.scale)
         ctx.scale = scale
-        grad_hidden, grad_weight = (None if grad is None else grad.mul_(factor) for grad in ctx.gradients)
-        return grad_hidden, grad_weight, None, None
+        for grad in ctx.saved_tensors:
+            if grad is not None:
+                grad.data.mul_(factor)  # through .data, since autograd would refuse what was changed at a second visit
+        return *ctx.saved_tensors, None, None
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
