@@ -86,8 +86,7 @@ def test_gradients_are_computed_only_where_needed():
 
 
 def test_gradients_are_let_go_once_they_are_handed_over():
-    """A pipeline keeps the losses of all micro-batches until the step ends: they must not keep a vocabulary's "
-    "gradients."""
+    """A pipeline keeps the losses of all micro-batches until a step ends; they must not keep these."""
     head = Head(8, 16)
     torch.nn.init.normal_(head.weight)
     loss = head(torch.randn(1, 4, 8, requires_grad=True), torch.zeros(1, 4, dtype=torch.int64))
