@@ -6,6 +6,7 @@ Float64 settles what is rounding and what is a bug, so it is what runs by defaul
 import dataclasses
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +168,11 @@ def test_a_layout_changes_nothing(alone, model, name):
     experiment = Experiment(model=config)
     ours = run(accumulating(experiment, *layouts[name]), *layouts[name])
     compare(ours, alone(experiment), curve=1e-9, gradient=1e-9, parameter=1e-9)
+
+
+def test_the_readme_counts_right():
+    together = [name for model, name in CASES if MODELS[model][1][name][0] >= 4]
+    assert f"{len(together)} combinations on 4 and 8 ranks" in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 @ignore_compiler_warnings

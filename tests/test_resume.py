@@ -3,12 +3,15 @@
 import pytest
 
 from runs import change, curve, layout, metrics, samples, train, train_until_killed
+from titan_models.config import MoEConfig
 
 LAYOUTS = {
     "one process": (1, {}),
     "fsdp 4": (4, layout(dp_shard=4)),
     "ddp 4": (4, layout(dp_replicate=4)),
     "hsdp 2x2": (4, layout(dp_replicate=2, dp_shard=2)),
+    "tp 2 x pp 2": (4, {**layout(tp=2, pp=2), "training.micro_batch_size": 6}),
+    "ep 2, experts": (2, {**layout(ep=2), "model.moe": MoEConfig(experts=4, hidden_dim=32, bias_update_rate=1e-3)}),
 }
 
 
@@ -29,6 +32,9 @@ def test_killed_and_restarted_on_the_same_layout_is_bitwise_equal(saving, tmp_pa
         assert curve(resumed, key) == curve(whole, key), key
     redone = (tmp_path / "killed" / "metrics.redone.jsonl").read_text().splitlines()
     assert len(redone) == 2  # steps 11 and 12 were done twice
+    if "model.moe" in changes:
+        loads = [(tmp_path / run / "expert_loads.jsonl").read_text() for run in ("killed", "whole")]
+        assert loads[0] == loads[1]
     assert samples(tmp_path / "killed", world_size) == samples(tmp_path / "whole", world_size)
 
 

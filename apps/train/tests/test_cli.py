@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from titan_train.cli import run
+from titan_train.cli import _complain, run
 
 
 def titan_train(*arguments, **environment):
@@ -107,6 +107,20 @@ def test_every_rank_but_the_first_is_silent_about_a_wrong_command_line(monkeypat
     monkeypatch.setenv("RANK", "2")
     assert run(["--parallel.tp", "3"]) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (ValueError, ""),  # a block that the model does not have: so say all ranks, and the first for them
+        (RuntimeError, "titan-train (rank 1): no NVLink\n"),  # of this machine: nobody else says it
+    ],
+)
+def test_what_follows_from_the_configuration_is_said_by_the_first_rank_only(monkeypatch, capsys, base, said):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _complain(type("CoreError", (base,), {"__module__": "titan_core.tensor"})("no NVLink"))
+    assert capsys.readouterr().err == said
 
 
 def test_other_platforms_are_refused_by_name(monkeypatch, capsys):

@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_by_name(world_size, shapes, layout, messag
         ({"remat": RematConfig(mode="budget")}, r"remat\.mode budget is done by the compiler"),
         (
             {"compiling": CompileConfig(fullgraph=True)},
-            r"compile\.backend and compile\.fullgraph have no effect without",
+            r"compile\.fullgraph have no effect without --compile\.enabled; add it, or drop them\.$",
         ),
     ],
 )

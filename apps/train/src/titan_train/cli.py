@@ -97,8 +97,8 @@ def _complain(error: Exception, on_rank: int | None = None) -> None:
     if not (type(error).__module__.startswith("titan_") or isinstance(error, OSError)):
         raise error
     rank = int(os.environ.get("RANK", "0"))
-    if type(error).__module__.startswith("titan_core."):  # it follows from the configuration, so all ranks raise it
-        on_rank = 0
+    if isinstance(error, ValueError) and type(error).__module__.startswith("titan_core."):
+        on_rank = 0  # it follows from the configuration, so all ranks raise it
     if type(error).__name__ == "MainRankError" or on_rank not in (None, rank):
         return
     who = f"titan-train (rank {rank})" if _world_size() > 1 and on_rank is None else "titan-train"

@@ -10,6 +10,7 @@ from typing import IO, Any, cast
 from torch import Tensor
 
 from titan_ckpt.checkpoint import Checkpoint
+from titan_metrics.jsonl import JsonlSink, resume_jsonl
 from titan_metrics.memory import memory
 from titan_metrics.meter import Meter
 from titan_metrics.peaks import peak_flops
@@ -64,13 +65,10 @@ class Hook:
 class LogMetrics(Hook):
     """Logs the first, the last and every n-th step; rank 0 has the sinks, the others help to add up."""
 
-    def __init__(
-        self, env: Environment, meter: Meter, sinks: Sinks | None, every: int, *, loads: Path | None = None
-    ) -> None:
+    def __init__(self, env: Environment, meter: Meter, sinks: Sinks | None, every: int, loads: Sinks | None) -> None:
         self._env, self._meter, self._sinks, self._every = env, meter, sinks, every
         self._first: int | None = None
-        self._has_experts = loads is not None
-        self._loads_file: IO[str] | None = loads.open("a") if loads is not None and env.is_main else None
+        self._loads = loads
 
     def end_step(self, step: Step) -> None:
         """Reads the step's tensors if it is to be logged, which waits for the device."""
@@ -93,12 +91,12 @@ class LogMetrics(Hook):
 
     def _expert_loads(self, step: Step) -> dict[str, float]:
         """The greatest and the least load of an expert in any layer, relative to the mean; writes all of them down."""
-        if not self._has_experts:
-            return {}
         loads = self._env.gather_stages({name: load.tolist() for name, load in step.expert_loads.items()})
-        if self._loads_file is not None:
-            self._loads_file.write(json.dumps({"step": step.number, "tokens": loads}) + "\n")
-            self._loads_file.flush()
+        if not loads:
+            return {}
+        if self._loads is not None:
+            by_expert = {f"{name}.{i}": load for name, layer in loads.items() for i, load in enumerate(layer)}
+            self._loads.log(step.number, by_expert)
         relative = [load * len(layer) / max(sum(layer), 1) for layer in loads.values() for load in layer]
         return {"expert_load_max": max(relative), "expert_load_min": min(relative)}
 
@@ -107,11 +105,10 @@ class LogMetrics(Hook):
         return {"tracker_ids": dict(self._sinks.tracker_ids)} if self._sinks is not None else {}
 
     def close(self) -> None:
-        """Closes the sinks and the file of loads."""
-        if self._sinks is not None:
-            self._sinks.close()
-        if self._loads_file is not None:
-            self._loads_file.close()
+        """Closes the sinks."""
+        for sinks in (self._sinks, self._loads):
+            if sinks is not None:
+                sinks.close()
 
 
 class LogSamples(Hook):
@@ -162,5 +159,13 @@ def _build_log_metrics(
             run_config=dataclasses.asdict(config),
         )
     )
-    loads = directory / "expert_loads.jsonl" if config.model.moe is not None else None
-    return LogMetrics(env, meter, sinks, config.metrics.log_every, loads=loads)
+    has_experts = config.model.moe is not None
+    loads = env.main_only(lambda: _open_expert_loads(directory, checkpoint)) if has_experts else None
+    return LogMetrics(env, meter, sinks, config.metrics.log_every, loads)
+
+
+def _open_expert_loads(directory: Path, checkpoint: Checkpoint | None) -> Sinks:
+    """A record of its own, since thousands of experts would drown the other metrics."""
+    path = directory / "expert_loads.jsonl"
+    resume_jsonl(path, checkpoint.step if checkpoint else -1)
+    return Sinks({"expert loads": JsonlSink(path)})

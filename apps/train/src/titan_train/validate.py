@@ -5,6 +5,7 @@ import platform
 
 from titan_core.degrees import Degrees, degree_problems, resolve_degrees
 from titan_core.limits import Shapes, limit_problems
+from titan_core.roles import ROLES
 from titan_train.config import TrainConfig
 from titan_train.rows import share_rows
 
@@ -26,7 +27,7 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *config.optimizer.problems(),
         *config.schedule.problems(),
         *config.metrics.problems(),
-        *_training_problems(config),
+        *_role_problems(config),
         *_expert_problems(config),
         *([] if ranges else _batch_problems(config, world_size)),
     ]
@@ -98,9 +99,9 @@ def _range_problems(config: TrainConfig) -> list[str]:
     return found
 
 
-def _training_problems(config: TrainConfig) -> list[str]:
+def _role_problems(config: TrainConfig) -> list[str]:
     found = []
-    known = ("norm", "head_norm", "embedding", "bias", "colwise", "rowwise", "gate", "experts", "head")
+    known = (*ROLES, "bias")
     for role in config.optimizer.no_decay:
         if role not in known:
             close = difflib.get_close_matches(role, known, 1)
@@ -118,7 +119,7 @@ def _expert_problems(config: TrainConfig) -> list[str]:
     if dtype != "float64" and all(width * itemsize % 16 == 0 for width in (config.model.dim, moe.hidden_dim)):
         return []
     return [
-        f"model.moe.grouped_mm grouped takes no float64, and only widths that are multiples of 16 bytes; here it is "
+        "model.moe.grouped_mm grouped takes no float64, and only widths that are multiples of 16 bytes; here it is "
         f"{dtype}, model.dim {config.model.dim} and model.moe.hidden_dim {moe.hidden_dim}. Use auto or loop."
     ]
 

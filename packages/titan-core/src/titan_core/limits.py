@@ -214,5 +214,4 @@ def _compiling(config: ParallelConfig, degrees: Degrees, remat: RematConfig, com
         yield "remat.mode budget is done by the compiler; add --compile.enabled, or use selective."
     default = CompileConfig()
     if not compiling.enabled and compiling != default:
-        yield "compile.backend and compile.fullgraph have no effect without --compile.enabled; add it, or leave "
-        "them out."
+        yield "compile.backend and compile.fullgraph have no effect without --compile.enabled; add it, or drop them."

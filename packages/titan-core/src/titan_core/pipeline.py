@@ -207,7 +207,7 @@ class Pipeline:
         if rows % self._size:
             raise PipelineError(
                 f"A pipeline got {rows} rows, which do not fill micro-batches of {self._size}; pad them with rows "
-                f"without labels."
+                "without labels."
             )
         # Given ahead, so that the first step does not run the model once more to see shapes.
         hidden = torch.empty(

@@ -1,16 +1,17 @@
 """Roles: what core needs to know about the modules of a model, and all it knows.
 
 A model comes with a mapping from FQN pattern to role. `ROLES` says what each technique does with a role; a new
-model lists roles, a new technique adds a column, and nothing else couples the two.
+model lists roles, a new technique adds a column, and nothing else couples the two. Imports no torch.
 """
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class RoleError(ValueError):
@@ -61,7 +62,7 @@ ROLES: Mapping[str, Role] = {
 }
 
 
-def resolve_roles(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, str]:
+def resolve_roles(model: "nn.Module", patterns: Mapping[str, str]) -> dict[str, str]:
     """FQN of each module that has a role -> its role, in the model's order.
 
     Raises:

@@ -19,7 +19,6 @@ from titan_core.pipeline import PipelineError, build_schedule, stage_ranks
 
 Computation = tuple[int, str, int]
 """Stage, what it computes (`F` forward, `B` backward or its parts: `I` of activations, `W` of weights), micro-batch."""
-"micro-batch."
 
 _UNITS = {"F": 1, "B": 2, "I": 1, "W": 1}
 
