@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 from torch import nn
 
@@ -37,3 +40,8 @@ def test_a_module_with_parameters_and_no_role_is_refused(toy, toy_roles):
     model.layers["1"].gate = nn.Linear(2, 2)
     with pytest.raises(RoleError, match=r"'layers\.1\.gate' holds parameters but has no role"):
         resolve_roles(model, toy_roles)
+
+
+def test_the_table_can_be_read_without_torch():
+    code = "import sys, titan_core.roles; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
