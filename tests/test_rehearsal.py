@@ -14,7 +14,7 @@ from titan_core.memory_use import MemoryUse
 from titan_models.config import MoEConfig
 from titan_train.environment import environment
 from titan_train.forked import in_processes
-from titan_train.rehearsal import Rehearsal, measured_step, rehearsable, rehearse, rehearse_all
+from titan_train.rehearsal import Rehearsal, measured_step, rehearsable, rehearse, rehearse_all, rehearse_traffic
 
 SMALL = change(TINY, **{"training.seq_len": 16, "training.micro_batch_size": 1, "training.global_batch_size": 4})
 MIXTURE = change(
@@ -133,6 +133,27 @@ def test_many_micro_batches_follow_from_a_few(name):
     (whole,) = in_processes(rehearse, [(config, world_size, last)])
     (few,) = rehearse_all(config, world_size, [last])
     assert (few.memory, few.traffic) == (whole.memory, whole.traffic)
+
+
+DEEP = {
+    "fsdp 2 x tp 2, every other block recomputed": (4, {**layout(tp=2), "remat": RematConfig(mode="full", every=2)}),
+    "ddp 2, gradients reduced last": (2, layout(dp_replicate=2, dp_shard=1, grad_sync="last")),
+    "cp 2": (2, layout(cp=2)),
+    "ep 2, the first two blocks dense": (
+        4,
+        {**layout(ep=2), "model.moe": dataclasses.replace(MIXTURE.model.moe, first_dense_layers=2)},
+    ),
+    "pp 2": (2, layout(pp=2)),
+    "muon": (2, {"optimizer.name": "muon"}),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_the_traffic_of_many_blocks_follows_from_a_few(name):
+    world_size, changes = DEEP[name]
+    config = change(MIXTURE if name.startswith("ep") else SMALL, **{"model.layers": 10, **changes})
+    (whole,) = in_processes(rehearse, [(config, world_size, 0)])
+    assert rehearse_traffic(config, world_size, 0) == whole.traffic
 
 
 def test_few_micro_batches_are_rehearsed_as_they_are(monkeypatch):

@@ -22,7 +22,7 @@ from titan_models.facts import flops_per_token
 from titan_train.build import lay_out
 from titan_train.config import TrainConfig
 from titan_train.forked import in_processes
-from titan_train.rehearsal import fake_environment, rehearsable, rehearse_all
+from titan_train.rehearsal import fake_environment, rehearsable, rehearse_traffic
 from titan_train.rows import share_rows
 
 
@@ -50,7 +50,6 @@ def explain(config: TrainConfig, world_size: int) -> Explanation:
     if degrees.pp > 1:
         micro_batches = share_rows(config.training, config.parallel, degrees).micro_batches
         timeline = play(compute_order(config.parallel, micro_batches))
-    (rehearsal,) = rehearse_all(config, world_size, [rank])
     return Explanation(
         world_size=world_size,
         rank=rank,
@@ -59,7 +58,7 @@ def explain(config: TrainConfig, world_size: int) -> Explanation:
         parameters=merge_parameters(line for _, lines in seen.values() for line in lines),
         stages=stages,
         timeline=timeline,
-        traffic=rehearsal.traffic,
+        traffic=rehearse_traffic(config, world_size, rank),
     )
 
 

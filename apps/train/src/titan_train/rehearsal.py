@@ -1,7 +1,8 @@
 """One training step of one rank on fake ranks and fake tensors: the trainer's own code, in a world that costs nothing.
 
 Equal micro-batches do the same. So two steps with few of them are rehearsed, and what a step with more needs follows:
-bytes and counts grow by as much for each further micro-batch, once a pipeline is full.
+bytes and counts grow by as much for each further micro-batch, once a pipeline is full. Likewise what is sent grows by
+as much for each further block.
 
 What is not what a GPU would run, and who reports it to the user says so: attention runs the CPU's kernel, whose
 memory grows as that of the GPUs' flash kernels does; nothing is compiled, since compiled code needs values; tokens
@@ -133,6 +134,32 @@ def rehearse_all(config: TrainConfig, world_size: int, ranks: Sequence[int]) -> 
         _extended(few, more, (wanted - counts[0]) / (counts[1] - counts[0]))
         for few, more in zip(found[::2], found[1::2], strict=True)
     ]
+
+
+def rehearse_traffic(config: TrainConfig, world_size: int, rank: int) -> tuple[Flow, ...]:
+    """What a step of `rank` sends and receives, found from as few blocks and micro-batches as show it."""
+    depths, layers = _telling_depths(config), config.model.layers
+    found = [
+        rehearse_all(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, layers=depth)), world_size, [rank]
+        )
+        for depth in depths
+    ]
+    if len(depths) == 1:
+        return found[0][0].traffic
+    (few,), (more,) = found
+    return _extended(few, more, (layers - depths[0]) / (depths[1] - depths[0])).traffic
+
+
+def _telling_depths(config: TrainConfig) -> list[int]:
+    """The numbers of blocks to rehearse: two from which the wanted number follows, or that number alone."""
+    layers, moe = config.model.layers, config.model.moe
+    if config.parallel.pp > 1 or config.optimizer.name == "muon":
+        return [layers]  # stages, and the ranks that work on a matrix, are chosen by all blocks
+    least = 3 + (moe.first_dense_layers if moe else 0)  # neither the first nor the last block need be like the others
+    few = least + (layers - least) % config.remat.every
+    more = few + config.remat.every
+    return [layers] if layers <= more else [few, more]
 
 
 def _telling_counts(config: TrainConfig, share: Rows) -> list[int]:
