@@ -9,4 +9,5 @@ cd "$(dirname "$0")/.."
 if [ -z "${NPROC:-}" ]; then
   NPROC=$(uv run python -c "import torch; print(max(1, torch.cuda.device_count()))")
 fi
-exec uv run torchrun --standalone --nproc-per-node "$NPROC" -m titan_train "$@"
+# Told to end, torchrun kills workers that have not ended by themselves: they need time for a step and a save.
+exec uv run torchrun --shutdown-timeout "${SHUTDOWN_TIMEOUT:-600}" --standalone --nproc-per-node "$NPROC" -m titan_train "$@"

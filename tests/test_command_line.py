@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -103,23 +104,63 @@ def test_raising_the_steps_keeps_the_end_of_the_decay(tiny, tmp_path):
     assert curve(metrics(tmp_path / "run"), "lr")[3:] == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(("first", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
-def test_a_signal_saves_and_ends_and_the_run_goes_on(corpus, tmp_path, first, ranks):
-    flags = [*TINY_FLAGS, "--data.source", corpus, "--training.steps=100000", "--output", tmp_path / "run"]
+@pytest.mark.parametrize(
+    ("number", "ranks", "code"),
+    [
+        (signal.SIGINT, 1, 130),
+        (signal.SIGTERM, 1, 75),
+        (signal.SIGUSR1, 1, 75),
+        (signal.SIGTERM, 2, None),  # torchrun ends itself with 1, since it received the signal too
+        (signal.SIGUSR1, 2, 0),
+    ],
+)
+def test_a_signal_saves_and_ends_and_the_run_goes_on(corpus, tmp_path, number, ranks, code):
+    run = tmp_path / "run"
+    flags = [*TINY_FLAGS, "--data.source", corpus, "--training.steps=100000", "--output", run]
     flags += ["--metrics.log-every=1", "--metrics.no-console", "--checkpoint.every=0"]
     process = subprocess.Popen(command(*flags, ranks=ranks), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run" / "metrics.jsonl"
+    log = run / "metrics.jsonl"
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 3)
-    process.send_signal(first)
+    assert status(run)["status"] == "running"
+    if (number, ranks) == (signal.SIGUSR1, 2):
+        os.kill(workers(process.pid)[-1], number)  # one of the ranks only
+    else:
+        process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert "Interrupted after step" in out, err
-    if ranks == 1:
-        assert process.returncode == 130
-    done = len(curve(metrics(tmp_path / "run")))
+    assert process.returncode == code or code is None
+    done = len(curve(metrics(run)))
+    by = "SIGINT" if number == signal.SIGINT else "SIGTERM"
+    assert (status(run)["status"], status(run)["step"], status(run)["signal"]) == ("preempted", done, by)
     result = titan_train(*flags[:-1], f"--training.steps={done + 2}", "--schedule.total-steps=100000")
     assert result.returncode == 0, result.stderr
     assert f"after step {done}." in result.stdout
-    assert len(curve(metrics(tmp_path / "run"))) == done + 2
+    assert len(curve(metrics(run))) == done + 2
+    assert (status(run)["status"], status(run)["step"]) == ("finished", done + 2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_while_a_run_starts_ends_it_before_its_first_step(corpus, tmp_path, ranks):
+    run = tmp_path / "run"
+    flags = [*TINY_FLAGS, "--data.source", corpus, "--training.steps=100000", "--output", run, "--metrics.log-every=1"]
+    process = subprocess.Popen(command(*flags, ranks=ranks), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "status.json").exists())
+    for worker in workers(process.pid) if ranks > 1 else [process.pid]:
+        os.kill(worker, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (75 if ranks == 1 else 0), err
+    assert status(run)["status"] == "preempted"
+    assert not (run / "checkpoints").exists()
+
+
+def status(run):
+    return json.loads((run / "status.json").read_text())
+
+
+def workers(torchrun):
+    """The processes that torchrun has started."""
+    found = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    return [int(child) for child in found if "titan_train" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def wait_for(condition, seconds=60):

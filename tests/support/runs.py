@@ -20,6 +20,7 @@ from titan_quant.config import MixedPrecision
 from titan_train import cli, trainer
 from titan_train.config import CheckpointSection, TrainConfig, TrainingConfig
 from titan_train.hooks import Hook
+from titan_train.interrupt import Interrupt
 
 TINY = TrainConfig(
     model=Llama3Config(vocab_size=300, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden_dim=64),
@@ -55,7 +56,7 @@ def train(config: TrainConfig, output: Path, world_size: int = 1, **changes: Any
     """Trains and returns the lines of metrics.jsonl."""
     config = change(config, output=str(output), **changes)
     if world_size == 1:
-        assert trainer.train(config, name="test") == 0
+        assert trainer.train(config, Interrupt(alone=True), name="test") is None
     else:
         assert run_ranks(world_size, trainer.train, config, name="test") == [0] * world_size
     return metrics(output)
@@ -68,7 +69,7 @@ def train_until_killed(config: TrainConfig, output: Path, step: int, world_size:
     def run() -> None:
         build = trainer.build_hooks
         trainer.build_hooks = lambda *args: [*build(*args), Kill(step)]
-        trainer.train(config, name="test")
+        trainer.train(config, Interrupt(alone=False), name="test")
 
     try:
         run_ranks(world_size, run)

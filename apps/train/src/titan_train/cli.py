@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import tyro
 
 from titan_train.config import TrainConfig
 from titan_train.config_file import read_config, to_json
+from titan_train.interrupt import Interrupt, Preempted
 from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, builtin_modules, load_config
 from titan_train.validate import validate
 
@@ -26,7 +28,7 @@ Trains a model. Start it with torchrun for more than one process:
 --world-size N   the number of ranks that --explain and --dry-run suppose (default: those that were started)
 """
 
-_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+_FAILED, _USAGE, _PREEMPTED, _INTERRUPTED = 1, 2, 75, 130  # 75: EX_TEMPFAIL, "try again later"
 
 
 class UsageError(ValueError):
@@ -34,7 +36,7 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs `titan-train`; exits with 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
+    """Runs `titan-train`; exits with 0, 1 (failed), 2 (wrong usage), 75 (preempted) or 130 (interrupted)."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -56,14 +58,23 @@ def run(arguments: Sequence[str]) -> int:
         if rehearsing:
             print(_rehearsed(config, world_size, chosen))
             return 0
-        from titan_train.trainer import train
+        with Interrupt(alone=_world_size() == 1) as interrupt:
+            from titan_train.trainer import train
 
-        return train(config, name=_run_name(chosen.config))
+            return _exit_code(train(config, interrupt, name=_run_name(chosen.config)))
+    except Preempted:
+        return _exit_code(signal.SIGTERM)
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return _exit_code(signal.SIGINT)
     except Exception as error:
         _complain(error)
         return _USAGE if rehearsing and isinstance(error, ValueError) else _FAILED
+
+
+def _exit_code(ended_by: signal.Signals | None) -> int:
+    if ended_by is None or "TORCHELASTIC_RUN_ID" in os.environ:
+        return 0  # torchrun would take any other code for a failure, and start the workers again
+    return _INTERRUPTED if ended_by == signal.SIGINT else _PREEMPTED
 
 
 def _supposed_world_size(chosen: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ class Step:
     """The step, counted from 1."""
     is_last: bool
     """Whether the run ends or is interrupted with this step."""
+    ended_by: signal.Signals | None
+    """The signal by which it is interrupted, if it is."""
     loss: Tensor
     """This rank's share of the mean loss over the global batch's tokens: a scalar."""
     grad_norm: Tensor

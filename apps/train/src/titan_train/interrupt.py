@@ -1,29 +1,72 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and end, a second Ctrl-C ends the process at once."""
+"""Signals that ask a run to save and end: SIGTERM and SIGUSR1, by which clusters take machines back, and Ctrl-C."""
 
+import contextlib
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Self
 
+_PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(KeyboardInterrupt):
+    """A run that has nothing to save yet was told to end."""
+
 
 class Interrupt:
-    """While open, a first SIGINT or SIGTERM only sets `requested`; the loop looks at it once a step."""
+    """While open, SIGTERM and SIGUSR1 don't end the process; `received` says whether, and which, one has come.
 
-    def __init__(self) -> None:
-        self.requested = False
+    A process that is `alone` and not yet `deferred` ends at once, with `Preempted`. Among other ranks it would leave
+    them waiting, so there the signal is only noted, and all ranks end together when they next agree.
+    """
+
+    def __init__(self, *, alone: bool) -> None:
+        self.received: signal.Signals | None = None
+        self._alone = alone
+        self._deferring = False
         self._before: dict[int, signal._HANDLER] = {}
 
+    @property
+    def votes(self) -> list[int]:
+        """What ranks add up to agree: [asked by Ctrl-C, asked to make room]."""
+        return [int(self.received == signal.SIGINT), int(self.received in _PREEMPTING)]
+
+    @staticmethod
+    def decision(votes: Sequence[int]) -> signal.Signals | None:
+        """The signal by which all ranks end, of the `votes` added up; None if they go on."""
+        by_hand, preempted = votes
+        return signal.SIGTERM if preempted else signal.SIGINT if by_hand else None
+
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._request)
+        for number in _PREEMPTING:
+            self._install(number)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, a first Ctrl-C is only noted too; a second ends the process at once."""
+        self._install(signal.SIGINT)
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+            signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
+
+    def _install(self, number: int) -> None:
+        self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        first, self.received = self.received is None, self.received or signal.Signals(number)
+        if self._alone and not self._deferring:
+            raise Preempted
         # The default action ends the process even while it waits inside a collective, where Python cannot.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.stderr.write("\nStopping after this step and saving; press Ctrl-C again to exit at once.\n")
+        if self._deferring:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if first:
+            sys.stderr.write("\nStopping after this step and saving; press Ctrl-C again to exit at once.\n")

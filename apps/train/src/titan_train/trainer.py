@@ -9,6 +9,7 @@ ranks share.
 import contextlib
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,21 +37,23 @@ from titan_train.parts import fingerprint, what_of
 from titan_train.resume import Progress, find_checkpoint
 from titan_train.rows import share_rows
 from titan_train.run_directory import RunDirectory, default_directory
+from titan_train.status import StatusFile
 from titan_train.validate import check_vocabulary
 
 IGNORED = -100  # the label of a token without loss
-
-_FINISHED, _INTERRUPTED = 0, 130
 
 
 class DivergedError(RuntimeError):
     """The loss or its gradient is not finite; going on or saving would only do harm."""
 
 
-def train(config: TrainConfig, *, name: str) -> int:
-    """Trains as a validated `config` says, on from where its run directory left off; returns the exit code.
+def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Signals | None:
+    """Trains as a validated `config` says, on from where its run directory left off.
 
     `name` names the run directory if the configuration does not.
+
+    Returns:
+        The signal by which the run was ended, after saving; None if it is finished.
     """
     with environment(config) as env, contextlib.ExitStack() as cleanup:
         path = env.on_main(lambda: Path(config.output) if config.output else default_directory(name))
@@ -58,6 +61,7 @@ def train(config: TrainConfig, *, name: str) -> int:
         directory = RunDirectory(path)
         env.on_main(directory.claim)
         cleanup.callback(directory.release)
+        status = cleanup.enter_context(StatusFile(path)) if env.is_main else None
         dataset = open_dataset(config.data, progress=env.say)
         check_vocabulary(config, dataset.vocab_size)
 
@@ -71,7 +75,9 @@ def train(config: TrainConfig, *, name: str) -> int:
         checkpoint = find_checkpoint(config, env, checkpointer, what)
         if checkpoint is not None and checkpoint.step >= config.training.steps:
             env.say(report.already_finished(config, checkpoint.step))
-            return _FINISHED
+            if status:
+                status.end(checkpoint.step, by=None)
+            return None
         env.on_main(lambda: directory.write_config(config))
 
         trainer = Trainer(config, env, dataset, what)
@@ -81,7 +87,10 @@ def train(config: TrainConfig, *, name: str) -> int:
         hooks = build_hooks(config, env, checkpoint)
         for hook in hooks:
             cleanup.callback(hook.close)
-        return trainer.run(checkpointer, hooks)
+        ended_by = trainer.run(checkpointer, hooks, interrupt)
+        if status:
+            status.end(trainer.progress.step, ended_by)
+        return ended_by
 
 
 class Trainer:
@@ -128,33 +137,36 @@ class Trainer:
             )
         )
 
-    def run(self, checkpointer: Checkpointer, hooks: Sequence[Hook]) -> int:
-        """Steps until `training.steps` or an interrupt, saving on the way; returns the exit code."""
+    def run(self, checkpointer: Checkpointer, hooks: Sequence[Hook], interrupt: Interrupt) -> signal.Signals | None:
+        """Steps until `training.steps` or an interrupt, saving on the way; returns the signal that has ended it."""
         total, every = self.config.training.steps, self.config.checkpoint.every
         started_at, started = self.progress.step, time.perf_counter()
-        with Interrupt() as interrupt, contextlib.closing(self.loader):
-            while self.progress.step < total:
-                step = self.step(stop=interrupt.requested)
+        with interrupt.deferred(), contextlib.closing(self.loader):
+            ended_by = interrupt.decision(self.env.agree(interrupt.votes))  # it may have come while the run started
+            while ended_by is None and self.progress.step < total:
+                step = self.step(interrupt.votes)
+                ended_by = step.ended_by
                 for hook in hooks:
                     hook.end_step(step)
                 if self.config.checkpoint.enabled and (step.is_last or (every and step.number % every == 0)):
                     self._refuse_divergence(step)
                     self.save(checkpointer, hooks)
-                if step.is_last:
-                    break
+        if self.progress.step >= total:
+            ended_by = None
         steps, seconds = self.progress.step - started_at, time.perf_counter() - started
         self.env.say(report.ending(self.config, self.progress.step, steps, seconds))
-        return _FINISHED if self.progress.step >= total else _INTERRUPTED
+        return ended_by
 
-    def step(self, *, stop: bool = False) -> Step:
-        """One optimizer step on the next global batch; `stop` asks all ranks to end with it."""
+    def step(self, votes: Sequence[int] = (0, 0)) -> Step:
+        """One optimizer step on the next global batch; with `Interrupt.votes` a rank asks all to end with it."""
         number = self.progress.step + 1
         waiting = time.perf_counter()
         batch = next(self.loader)
         waited = time.perf_counter() - waiting
         # One small exchange carries all that ranks must agree on before the step.
         own_valid = int((batch["labels"] != IGNORED).sum()) if self.env.reads_first else 0
-        valid, stops = self.env.agree([own_valid, int(stop)])
+        valid, *votes = self.env.agree([own_valid, *votes])
+        ended_by = Interrupt.decision(votes)
 
         loss = self.layout.accumulate(self._inputs(batch, valid), divisor=max(valid, 1))
         grad_norm, lr = update(self.layout, self.optimizer, self.config, number, self.env.stages)
@@ -162,7 +174,8 @@ class Trainer:
         self.progress.advance(tokens)
         return Step(
             number=number,
-            is_last=number >= self.config.training.steps or stops > 0,
+            is_last=number >= self.config.training.steps or ended_by is not None,
+            ended_by=ended_by,
             loss=loss,
             grad_norm=grad_norm,
             lr=lr,
