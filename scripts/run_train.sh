@@ -10,4 +10,6 @@ if [ -z "${NPROC:-}" ]; then
   NPROC=$(uv run python -c "import torch; print(max(1, torch.cuda.device_count()))")
 fi
 # Told to end, torchrun kills workers that have not ended by themselves: they need time for a step and a save.
-exec uv run torchrun --shutdown-timeout "${SHUTDOWN_TIMEOUT:-600}" --standalone --nproc-per-node "$NPROC" -m titan_train "$@"
+exec uv run torchrun --shutdown-timeout "${SHUTDOWN_TIMEOUT:-600}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --standalone \
+  --nproc-per-node "$NPROC" -m titan_train "$@"

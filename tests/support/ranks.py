@@ -69,7 +69,7 @@ def _child(rank: int, world_size: int, function: Callable[[], Any], directory: P
     code = 1
     try:
         stacks = (directory / f"stack-{rank}").open("w")
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         dist.init_process_group(
             "gloo",
@@ -104,7 +104,7 @@ def _wait(pids: dict[int, int], timeout: float) -> dict[int, int]:
             continue
         if time.monotonic() > deadline:
             for survivor in running:
-                os.kill(survivor, signal.SIGUSR1)
+                os.kill(survivor, signal.SIGUSR2)
             time.sleep(0.5)
             for survivor in running:
                 os.kill(survivor, signal.SIGKILL)

@@ -58,7 +58,7 @@ def train(config: TrainConfig, output: Path, world_size: int = 1, **changes: Any
     if world_size == 1:
         assert trainer.train(config, Interrupt(alone=True), name="test") is None
     else:
-        assert run_ranks(world_size, trainer.train, config, name="test") == [0] * world_size
+        assert run_ranks(world_size, trainer.train, config, Interrupt(alone=False), name="test") == [None] * world_size
     return metrics(output)
 
 
