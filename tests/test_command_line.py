@@ -17,6 +17,7 @@ from runs import change, curve, layout, metrics, titan_train, train
 from titan_ckpt.checkpointer import Checkpointer
 from titan_train import trainer
 from titan_train.config_file import to_json
+from titan_train.interrupt import Interrupt
 
 TINY_FLAGS = [
     "--model.vocab-size=300",
@@ -225,7 +226,7 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path):
 def test_what_only_a_gpu_can_do_is_refused_once_it_is_known_that_there_is_none(tiny, tmp_path):
     config = change(tiny, device="auto", output=str(tmp_path / "run"), **layout(cpu_offload=True))
     with pytest.raises(RankFailure, match=r"ConfigError: .*\n.*parallel\.cpu_offload has no effect on a CPU"):
-        run_ranks(2, trainer.train, config, name="test")
+        run_ranks(2, trainer.train, config, Interrupt(alone=False), name="test")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_a_run_says_running_and_then_what_became_of_it(tmp_path):
 
 
 def test_an_error_is_named(tmp_path):
-    with pytest.raises(ValueError), StatusFile(tmp_path):
+    with pytest.raises(ValueError, match="no such thing"), StatusFile(tmp_path):
         raise ValueError("no such thing")
     assert (read(tmp_path)["status"], read(tmp_path)["error"]) == ("failed", "ValueError: no such thing")
     with pytest.raises(KeyboardInterrupt), StatusFile(tmp_path):

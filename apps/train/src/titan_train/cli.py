@@ -14,7 +14,7 @@ from titan_train.config import TrainConfig
 from titan_train.config_file import read_config, to_json
 from titan_train.interrupt import Interrupt, Preempted
 from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, builtin_modules, load_config
-from titan_train.validate import validate
+from titan_train.validate import ConfigError, validate
 
 _DESCRIPTION = """\
 Trains a model. Start it with torchrun for more than one process:
@@ -108,7 +108,9 @@ def _complain(error: Exception, on_rank: int | None = None) -> None:
     if not (type(error).__module__.startswith("titan_") or isinstance(error, OSError)):
         raise error
     rank = int(os.environ.get("RANK", "0"))
-    if isinstance(error, ValueError) and type(error).__module__.startswith("titan_core."):
+    if isinstance(error, ConfigError) or (
+        isinstance(error, ValueError) and type(error).__module__.startswith("titan_core.")
+    ):
         on_rank = 0  # it follows from the configuration, so all ranks raise it
     if type(error).__name__ == "MainRankError" or on_rank not in (None, rank):
         return

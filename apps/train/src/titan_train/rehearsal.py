@@ -29,14 +29,12 @@ from titan_core.mesh import build_meshes
 from titan_core.optim import OptimizerState, build_optimizer
 from titan_core.stages import stage_count
 from titan_core.traffic import Flow, TrafficRecorder
+from titan_models.head import GPU_CHUNK_TOKENS
 from titan_train.build import input_names, lay_out, update
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
 from titan_train.forked import in_processes
 from titan_train.rows import Rows, share_rows
-
-# What titan_models.head and titan_core.loss choose on a GPU.
-_GPU_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +109,7 @@ def fake_environment(config: TrainConfig, world_size: int, rank: int) -> Iterato
 
 def rehearsable(config: TrainConfig) -> TrainConfig:
     """`config` without what fake tensors cannot do, and with what would be chosen on the device it is for."""
-    chunk = config.model.loss_chunk_tokens or (None if config.device == "cpu" else _GPU_CHUNK_TOKENS)
+    chunk = config.model.loss_chunk_tokens or (None if config.device == "cpu" else GPU_CHUNK_TOKENS)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, loss_chunk_tokens=chunk),

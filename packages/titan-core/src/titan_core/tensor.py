@@ -183,7 +183,9 @@ def enable_async_tensor_parallel(ranks: int) -> None:
         AsyncTensorParallelError: if they cannot read each other's memory.
     """
     visible, own = torch.cuda.device_count(), torch.cuda.current_device() if torch.cuda.is_available() else 0
-    if visible < ranks or not all(torch.cuda.can_device_access_peer(own, i) for i in range(visible) if i != own):
+    first = own - own % ranks  # tp is the innermost axis of the mesh, and local ranks have the GPUs in their order
+    group = range(first, first + ranks)
+    if visible < group.stop or not all(torch.cuda.can_device_access_peer(own, i) for i in group if i != own):
         raise AsyncTensorParallelError(
             f"parallel.async_tp needs {ranks} GPUs in one machine that read each other's memory (NVLink); this process "
             f"sees {visible}, and not all of them do. Leave out --parallel.async-tp, or lower parallel.tp."
