@@ -8,6 +8,7 @@ import pytest
 # Whatever a rank imports after the fork, each would import for itself.
 import ranks  # noqa: F401  (sets one thread before any operation, so that ranks may be forked)
 import runs
+from s3 import s3_server  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="session", autouse=True)

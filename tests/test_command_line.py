@@ -264,6 +264,13 @@ def test_an_unknown_compiler_is_refused(corpus, tmp_path):
     assert re.search(r"compile\.backend 'inductr' is unknown to this torch; use one of .*inductor", refused(result))
 
 
+@pytest.mark.parametrize("flag", ["--parallel.no-such=1", "--compile.enabled --compile.backend=foo"])
+def test_a_wrong_command_line_is_said_once(flag):
+    result = launch(*TINY_FLAGS, *flag.split(), "--explain", ranks=2)
+    words = "no-such" if "no-such" in flag else "compile.backend 'foo' is unknown"
+    assert result.stderr.count(words) == 1, result.stderr
+
+
 def test_what_all_ranks_refuse_alike_is_said_once(tiny, tmp_path):
     config = change(tiny, **layout(pp=2, pp_split=("layers.7",)), **{"training.micro_batch_size": 1})
     (tmp_path / "config.json").write_text(to_json(config))

@@ -114,16 +114,19 @@ def test_what_cannot_be_done_is_one_paragraph_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_interruption_is_told_and_leaves_the_destination(
+def test_an_interruption_is_told_and_goes_on_when_run_again(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*arguments: object, **options: object) -> None:
+    def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("titan_ckpt.convert.write_contents", interrupted)
-    assert main(["torch-to-dcp", str(model_file), str(tmp_path / "out")]) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("titan_ckpt.layouts.metadata_bytes", interrupted)
+        assert main(["torch-to-dcp", str(model_file), str(tmp_path / "out")]) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "out.partial"]
+    assert main(["torch-to-dcp", str(model_file), str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "out"]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_print_config_shows_what_overrides_changed(capsys):
         (1, ["--optimizer.lr", "nan"], "optimizer.lr is nan; it must lie between 0 and"),
         (1, ["--optimizer.beta2", "1"], "optimizer.beta2 is 1.0; it must lie between 0 and"),
         (1, ["--model.layers", "1000000"], "model.layers is 1000000; it must lie between 1 and 10,000"),
-        (1, ["--checkpoint.every", "-1"], "checkpoint.every is -1; it must lie between 0 and"),
+        (1, ["--checkpoint.every", "-1"], "checkpoint.every is -1; give 0 for none, or more"),
         (1, ["--data.source", ""], "data.source is empty"),
         (1, ["--model.kv-heads", "3"], "model.heads 8 is not a multiple of model.kv_heads 3"),
         (1, ["--optimizer.no-decay", "colwis"], "did you mean 'colwise'. Known"),

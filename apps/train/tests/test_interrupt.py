@@ -6,24 +6,20 @@ import sys
 import pytest
 
 from titan_train.interrupt import Interrupt, Preempted
+from titan_train.votes import Votes
 
 
 @pytest.mark.parametrize(
-    ("number", "votes"), [(signal.SIGINT, [1, 0]), (signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [0, 1])]
+    ("number", "vote"),
+    [(signal.SIGINT, Votes(by_hand=1)), (signal.SIGTERM, Votes(preempted=1)), (signal.SIGUSR1, Votes(preempted=1))],
 )
-def test_the_first_signal_only_asks(number, votes):
+def test_the_first_signal_only_asks(number, vote):
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with Interrupt(alone=True) as interrupt, interrupt.deferred():
-        assert interrupt.votes == [0, 0]
+        assert interrupt.vote == Votes()
         os.kill(os.getpid(), number)
-        assert (interrupt.received, interrupt.votes) == (number, votes)
+        assert (interrupt.received, interrupt.vote) == (number, vote)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
-
-
-def test_ranks_end_by_what_any_of_them_received():
-    assert Interrupt.decision([0, 0]) is None
-    assert Interrupt.decision([4, 0]) == signal.SIGINT
-    assert Interrupt.decision([1, 1]) == signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -32,7 +28,7 @@ def test_before_there_is_anything_to_save_a_process_alone_ends_at_once(number):
         os.kill(os.getpid(), number)
     with Interrupt(alone=False) as interrupt:
         os.kill(os.getpid(), number)
-        assert interrupt.votes == [0, 1]
+        assert interrupt.vote == Votes(preempted=1)
 
 
 @pytest.mark.parametrize(("second", "ends"), [("SIGINT", True), ("SIGTERM", False)])

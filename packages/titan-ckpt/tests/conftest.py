@@ -1,5 +1,6 @@
 """What the tests of titan-ckpt share."""
 
+import uuid
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 
 import ranks  # noqa: F401  # sets one thread, before any operation, so that tests may fork
+from s3 import s3, s3_server  # noqa: F401  # fixtures
 
 
 class Box:
@@ -28,3 +30,17 @@ class Box:
 @pytest.fixture(scope="session")
 def box() -> type[Box]:
     return Box
+
+
+@pytest.fixture
+def memory() -> str:
+    """The URL of a place in memory where nothing is yet."""
+    return f"memory://titan/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def anywhere(request: pytest.FixtureRequest) -> str:
+    """A place of each kind where nothing is yet, as a user types it."""
+    if request.param == "local":
+        return str(request.getfixturevalue("tmp_path") / "place")
+    return request.getfixturevalue(request.param)

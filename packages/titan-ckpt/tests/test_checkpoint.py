@@ -14,7 +14,8 @@ from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 @pytest.fixture
 def folder(tmp_path: Path, box: Any) -> Path:
     state = {"a": box({"t": torch.arange(1000), "v": 1})}
-    return Checkpointer(tmp_path).save(5, state, meta={"tokens": 7}, files={"tokenizer.json": b"{}", "b/c": b"c"})
+    Checkpointer(tmp_path).save(5, state, meta={"tokens": 7}, files={"tokenizer.json": b"{}", "b/c": b"c"})
+    return tmp_path / "step-5"
 
 
 def flip(path: Path) -> None:

@@ -17,8 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from ranks import RankFailure, run_ranks
 from titan_ckpt import storage
+from titan_ckpt.checkpoint import open_checkpoint
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.place import place_of
 
 STRANGERS = ["backup-step-77", "step-5.tmp", "step-abc"]
 
@@ -175,6 +177,21 @@ def test_the_newest_whole_one_is_found_and_the_damaged_are_reported(saved: Path)
     assert "step-2 is damaged: .metadata has 10 bytes instead of" in reports[1]
 
 
+def test_one_that_is_retired_while_it_is_verified_is_not_damaged(
+    saved: Path, box: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_late(folder: Any, **more: Any) -> Any:
+        if folder.name == "step-3" and folder.exists():  # meanwhile the run goes on
+            for step in (4, 5):
+                Checkpointer(saved, report=fail).save(step, {"a": box({"v": step})})
+        return open_checkpoint(folder, **more)
+
+    monkeypatch.setattr("titan_ckpt.checkpointer.open_checkpoint", open_late)
+    checkpoint = Checkpointer(saved, report=fail).newest_whole()
+    assert checkpoint is not None
+    assert checkpoint.step == 5
+
+
 def test_hashes_can_be_left_out(saved: Path) -> None:
     flip(saved / "step-3" / "__0_0.distcp")
     checkpoint = Checkpointer(saved, verify_hashes=False, report=fail).newest_whole()
@@ -185,6 +202,7 @@ def test_hashes_can_be_left_out(saved: Path) -> None:
 def test_there_may_be_none(tmp_path: Path) -> None:
     assert Checkpointer(tmp_path / "absent", report=fail).newest_whole() is None
     assert not (tmp_path / "absent").exists()
+    assert Checkpointer("s3://bucket/run").directory == place_of("s3://bucket/run")
 
 
 def test_damage_goes_to_the_log_unless_told_otherwise(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,34 +232,45 @@ def test_strangers_neither_break_anything_nor_go(tmp_path: Path, box: Any) -> No
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("mine")
     (tmp_path / "step-9").write_text("mine")
-    checkpointer = Checkpointer(tmp_path, keep_latest=1, report=fail)
+    checkpointer = Checkpointer(tmp_path, keep_latest=2, report=fail)
     for step in (1, 2, 10):
         checkpointer.save(step, {"a": box({"v": step})})
-    assert names(tmp_path) == {*STRANGERS, "step-9", "step-10"}
+    assert names(tmp_path) == {*STRANGERS, "step-2", "step-9", "step-10"}
     assert all((tmp_path / name / "precious").read_text() == "mine" for name in STRANGERS)
     with pytest.raises(CheckpointError, match="step-9 is in the way"):
         checkpointer.save(9, {"a": box({"v": 9})})
     assert (tmp_path / "step-9").read_text() == "mine"
 
 
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process has written outlives it without; only power cuts need it."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.usefixtures("no_sync")
 def test_a_hundred_saves_leave_exactly_what_is_to_be_kept(tmp_path: Path, box: Any) -> None:
+    for name in (*STRANGERS, "step-7.again-1"):
+        (tmp_path / name).mkdir()
+    strangers = names(tmp_path)
     checkpointer = Checkpointer(tmp_path, keep_latest=3, report=fail)
     for step in range(100):
         checkpointer.save(step, {"a": box({"v": step})})
-    assert names(tmp_path) == {"step-97", "step-98", "step-99"}
+    assert names(tmp_path) == {*strangers, "step-97", "step-98", "step-99"}
 
 
 def test_the_newest_whole_one_outlives_a_damaged_one_that_is_newer(saved: Path, box: Any) -> None:
     flip(saved / "step-3" / "__0_0.distcp")
-    checkpointer = Checkpointer(saved, keep_latest=1, report=lambda message: None)
+    checkpointer = Checkpointer(saved, keep_latest=2, report=lambda message: None)
     checkpoint = checkpointer.newest_whole()
     assert checkpoint is not None
     assert checkpoint.step == 2
     checkpointer.save(4, {"a": box({"v": 4})})
-    assert names(saved) == {"step-3", "step-4"}
+    assert names(saved) == {"step-2", "step-3", "step-4"}
     checkpointer.save(3, {"a": box({"v": 3})})  # redone: from here on it is a checkpoint like any other
     checkpointer.save(5, {"a": box({"v": 5})})
-    assert names(saved) == {"step-5"}
+    checkpointer.save(6, {"a": box({"v": 6})})
+    assert names(saved) == {"step-5", "step-6"}
 
 
 def test_a_step_saved_again_replaces_the_old_one(saved: Path, box: Any) -> None:
@@ -253,9 +282,21 @@ def test_a_step_saved_again_replaces_the_old_one(saved: Path, box: Any) -> None:
     assert names(saved) == {"step-1", "step-2", "step-3"}
 
 
-def test_keep_latest_counts_up_from_zero() -> None:
-    with pytest.raises(ValueError, match="keep_latest is -1"):
-        Checkpointer(Path("x"), keep_latest=-1)
+@pytest.mark.parametrize("keep_latest", [-1, 1])
+def test_one_alone_is_not_enough_to_keep(keep_latest: int) -> None:
+    with pytest.raises(ValueError, match=f"keep_latest is {keep_latest}; give at least 2"):
+        Checkpointer(Path("x"), keep_latest=keep_latest)
+
+
+def test_permanent_ones_stay_and_do_not_count(tmp_path: Path, box: Any) -> None:
+    for step in range(10):
+        Checkpointer(tmp_path, report=fail).save(step, {"a": box({"v": step})}, permanent=step in (1, 4, 9))
+    assert names(tmp_path) == {"step-1", "step-4", "step-7", "step-8", "step-9"}
+    assert open_checkpoint(tmp_path / "step-4").manifest.permanent
+    Checkpointer(tmp_path, report=fail).save(4, {"a": box({"v": 4})})  # saved again as one that may go
+    for step in (10, 11):
+        Checkpointer(tmp_path, report=fail).save(step, {"a": box({"v": step})})
+    assert names(tmp_path) == {"step-1", "step-9", "step-10", "step-11"}
 
 
 def killed_at(moment: int) -> None:
@@ -283,15 +324,17 @@ def moments(save: Callable[[], None], prepare: Callable[[], None]) -> Iterator[i
             return
 
 
+@pytest.mark.usefixtures("no_sync")
 def test_killed_at_any_moment_of_a_save_there_is_a_whole_checkpoint(tmp_path: Path, box: Any) -> None:
     directory = tmp_path / "checkpoints"
 
     def save(step: int, value: str) -> None:
         state = {"a": box({"t": torch.tensor([ord(value)]), "v": value})}
-        Checkpointer(directory, keep_latest=1, report=fail).save(step, state, files={"f": value.encode()})
+        Checkpointer(directory, keep_latest=2, report=fail).save(step, state, files={"f": value.encode()})
 
     def prepare() -> None:
         shutil.rmtree(directory, ignore_errors=True)
+        save(0, "0")
         save(1, "a")
 
     def save_twice() -> None:
@@ -310,7 +353,8 @@ def test_killed_at_any_moment_of_a_save_there_is_a_whole_checkpoint(tmp_path: Pa
         assert checkpoint.read_file("f") == value.encode()
         seen.append(value)
         save(3, "d")
-        assert names(directory) == {"step-3"}
+        save(4, "e")
+        assert names(directory) == {"step-3", "step-4"}
     assert "".join(seen) == "a" * seen.count("a") + "b" * seen.count("b") + "c" * seen.count("c")
     assert min(seen.count("a"), seen.count("b"), seen.count("c")) > 5
 
@@ -323,12 +367,12 @@ def test_a_killed_rank_leaves_the_older_checkpoint_and_no_rubbish(saved: Path, b
 
     with pytest.raises(RankFailure):
         run_ranks(2, save)
-    checkpointer = Checkpointer(saved, keep_latest=1, report=fail)
+    checkpointer = Checkpointer(saved, keep_latest=2, report=fail)
     checkpoint = checkpointer.newest_whole()
     assert checkpoint is not None
     assert checkpoint.step == 3
     checkpointer.save(4, {"a": box({})})
-    assert names(saved) == {"step-4"}
+    assert names(saved) == {"step-3", "step-4"}
 
 
 def test_a_full_disk_on_one_rank_is_one_error_on_all_and_the_run_goes_on(saved: Path, box: Any) -> None:

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from ranks import run_ranks
 from titan_ckpt import dcp
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
+from titan_ckpt.world import RanksFailedError, World
 
 
 def tensors() -> dict[str, Any]:
@@ -25,14 +27,19 @@ def tensors() -> dict[str, Any]:
     }
 
 
+def write(folder: Path, tensors: dict[str, Any], on_write: Callable[[int], object] = lambda size: None) -> Any:
+    world = World()
+    return dcp.write(folder, dcp.share_of(tensors, is_first=world.rank == 0), world, on_write)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    dcp.write(tmp_path, tensors(), rank=0)
+    write(tmp_path, tensors())
     return tmp_path
 
 
 def test_the_records_are_those_of_the_files(tmp_path: Path) -> None:
-    records = dcp.write(tmp_path, tensors(), rank=0)
+    records = write(tmp_path, tensors())
     assert set(records) == {path.name for path in tmp_path.iterdir()} == {".metadata", "__0_0.distcp"}
     for name, record in records.items():
         content = (tmp_path / name).read_bytes()
@@ -56,20 +63,49 @@ def test_what_any_torch_user_writes_can_be_read(tmp_path: Path) -> None:
     metadata = dcp.read_metadata(tmp_path)
     assert set(dcp.tensor_entries(metadata)) == {"model.w.x", "model.half", "step", "empty", "list.0"}
     target = {"model.half": torch.zeros(4, dtype=torch.bfloat16)}
-    dcp.read(tmp_path, target, metadata, rank=0)
+    dcp.read(tmp_path, target, metadata)
     assert target["model.half"].tolist() == [0, 1, 2, 3]
 
 
 def test_the_same_state_gives_the_same_bytes_wherever_it_is_written(tmp_path: Path) -> None:
-    assert dcp.write(tmp_path / "a", tensors(), 0) == dcp.write(tmp_path / "b", tensors(), 0)
+    assert write(tmp_path / "a", tensors()) == write(tmp_path / "b", tensors())
     assert str(tmp_path).encode() not in (tmp_path / "a" / ".metadata").read_bytes()
 
 
 def test_torchs_own_checksums_are_off_only_while_writing(tmp_path: Path) -> None:
     options = [torch.serialization.get_crc32_options()]
-    dcp.write(tmp_path, tensors(), 0, on_write=lambda size: options.append(torch.serialization.get_crc32_options()))
+    write(tmp_path, tensors(), lambda size: options.append(torch.serialization.get_crc32_options()))
     options.append(torch.serialization.get_crc32_options())
     assert (options[0], set(options[1:-1]), options[-1]) == (True, {False}, True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_large_share_becomes_two_files_of_equal_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dcp, "_SECOND_FILE_ABOVE", 1_000)
+    many = {f"w{number}": torch.full((100 * number,), float(number)) for number in range(1, 9)}
+    write(tmp_path, many)
+    sizes = [(tmp_path / f"__0_{number}.distcp").stat().st_size for number in (0, 1)]
+    assert abs(sizes[0] - sizes[1]) < 0.1 * sum(sizes)
+    state = {name: torch.zeros_like(tensor) for name, tensor in many.items()}
+    torch_dcp.load(state, checkpoint_id=tmp_path)
+    assert all(torch.equal(state[name], tensor) for name, tensor in many.items())
+
+
+def test_an_error_in_either_file_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dcp, "_SECOND_FILE_ABOVE", 1)
+    (tmp_path / "__0_1.distcp").write_text("in the way")
+    with pytest.raises(RanksFailedError, match=r"File exists.*__0_1\.distcp"):
+        write(tmp_path, {"a": torch.ones(10), "b": torch.ones(10)})
+
+
+def test_what_all_ranks_have_is_divided_among_them(tmp_path: Path) -> None:
+    def save() -> None:
+        write(tmp_path, {f"w{number}": torch.ones(1000) for number in range(4)})
+
+    run_ranks(2, save)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.distcp")}
+    assert sizes.keys() == {"__0_0.distcp", "__1_0.distcp"}
+    assert len(set(sizes.values())) == 1
 
 
 def test_metadata_that_would_run_code_is_refused(folder: Path) -> None:
@@ -107,7 +143,7 @@ def test_progress_adds_up_to_the_bytes(folder: Path) -> None:
     metadata = dcp.read_metadata(folder)
     target = {"model.w.x": torch.zeros(5, 3), "step": torch.zeros(())}
     seen: list[int] = []
-    dcp.read(folder, target, metadata, rank=0, progress=seen.append)
+    dcp.read(folder, target, metadata, progress=seen.append)
     assert sum(seen) == 5 * 3 * 4 + 4
 
 
@@ -119,31 +155,29 @@ def test_a_tensor_goes_from_any_layout_to_any_other(tmp_path: Path) -> None:
 
     def save() -> list[str]:
         mine = place(4, Shard(0), Shard(1), shape=(2, 2))
-        return sorted(dcp.write(tmp_path, {"w": mine, "plain": full}, rank=int(os.environ["RANK"])))
+        return sorted(write(tmp_path, {"w": mine, "plain": full}))
 
     def load(*placements: Any, shape: tuple[int, ...]) -> bool:
         target = place(3, *placements, shape=shape)
         target.to_local().zero_()
         plain = torch.zeros(7, 5)
-        dcp.read(tmp_path, {"w": target, "plain": plain}, dcp.read_metadata(tmp_path), int(os.environ["RANK"]))
+        dcp.read(tmp_path, {"w": target, "plain": plain}, dcp.read_metadata(tmp_path))
         return torch.equal(target.full_tensor(), full) and torch.equal(plain, full)
 
-    files = run_ranks(4, save)
-    assert [name for names in files for name in names] == [".metadata", *(f"__{rank}_0.distcp" for rank in range(4))]
+    assert run_ranks(4, save) == [[".metadata", *(f"__{rank}_0.distcp" for rank in range(4))], [], [], []]
     assert run_ranks(3, lambda: load(Shard(0), shape=(3,))) == [True] * 3
     assert run_ranks(2, lambda: load(Replicate(), shape=(2,))) == [True] * 2
     assert run_ranks(4, lambda: load(Replicate(), Shard(1), shape=(2, 2))) == [True] * 4
 
 
-def test_a_failed_rank_raises_its_own_error_and_the_others_none(tmp_path: Path) -> None:
+def test_a_failed_rank_is_an_error_on_all(tmp_path: Path) -> None:
     (tmp_path / "__1_0.distcp").write_text("in the way")
 
     def save() -> str:
-        rank = int(os.environ["RANK"])
-        try:
-            dcp.write(tmp_path, {"w": torch.zeros(2), "v": torch.zeros(2)}, rank)
-        except FileExistsError:
-            return "exists"
-        return "fine"
+        with pytest.raises(RanksFailedError) as raised:
+            write(tmp_path, {"w": torch.zeros(2), "v": torch.zeros(2)})
+        return str(raised.value)
 
-    assert run_ranks(2, save) == ["fine", "exists"]
+    one, two = run_ranks(2, save)
+    assert one == two
+    assert one.startswith("rank 1: [Errno 17] File exists")

@@ -1,111 +1,57 @@
-import shutil
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from titan_ckpt.directory import begin, candidates, retire, sweep
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.directory import attempt_of, candidates, is_checkpoint, open_directory, step_name, step_of
+from titan_ckpt.local_directory import LocalDirectory
 from titan_ckpt.manifest import MANIFEST_NAME, Manifest
-
-STRANGERS = ["backup-step-77", "step-5.tmp", "step-abc", "step-", "xstep-3", "step-3x", "step-4.tmp-XYZ", "step--1"]
-
-
-def make(directory: Path, name: str, step: int = 0) -> Path:
-    """A folder that looks like a checkpoint with no files."""
-    manifest = Manifest(step=step, world_size=1, state=(), per_rank=(), meta={}, versions={}, files={})
-    (directory / name).mkdir(parents=True)
-    (directory / name / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-    return directory / name
-
-
-def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
+from titan_ckpt.place import Place, place_of
+from titan_ckpt.remote_directory import RemoteDirectory
 
 
 def fail(message: str) -> None:
     pytest.fail(f"reported: {message}")
 
 
-def tidy(directory: Path, keep_latest: int, published: int, damaged: tuple[str, ...] = ()) -> None:
-    retire(directory, keep_latest=keep_latest, published=published, damaged=damaged, report=fail)
+def make(folder: Place, step: int, *, permanent: bool = False) -> None:
+    """A checkpoint with no files."""
+    described: dict[str, Any] = {"state": (), "per_rank": (), "meta": {}, "versions": {}, "files": {}}
+    folder.write(MANIFEST_NAME, Manifest(step=step, world_size=1, permanent=permanent, **described).to_bytes())
 
 
-def test_candidates_are_exactly_the_step_folders_newest_first(tmp_path: Path) -> None:
-    for name in [*STRANGERS, "step-9", "step-10", "step-100", "step-7.tmp-01234567", "step-8.del-01234567"]:
-        make(tmp_path, name)
-    (tmp_path / "step-11").write_text("a file")
-    assert [path.name for path in candidates(tmp_path)] == ["step-100", "step-10", "step-9"]
-    assert candidates(tmp_path / "absent") == []
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("step-0", 0), ("step-12", 12), ("step-12.again-0000000a", 12), ("step-3.old-0123abcd", 3)]
+    + [
+        (name, None)
+        for name in ("step-", "backup-step-7", "step-5.tmp", "step-7.again-1", "step--1", "step-3.tmp-0123abcd")
+    ],
+)
+def test_a_step_is_read_from_our_names_only(name: str, step: int | None) -> None:
+    assert step_of(name) == step
 
 
-def test_a_folder_being_replaced_counts_until_its_replacement_is_there(tmp_path: Path) -> None:
-    make(tmp_path, "step-1")
-    replaced = make(tmp_path, "step-2.old-0123abcd")
-    assert candidates(tmp_path) == [replaced, tmp_path / "step-1"]
-    make(tmp_path, "step-2")
-    assert candidates(tmp_path) == [tmp_path / "step-2", tmp_path / "step-1"]
+def test_names_and_attempts_go_together() -> None:
+    assert [step_name(5), step_name(5, 10)] == ["step-5", "step-5.again-0000000a"]
+    assert [attempt_of(step_name(5)), attempt_of(step_name(5, 10))] == [(5, 0), (5, 10)]
+    assert attempt_of("step-5.old-0123abcd") is None
 
 
-def test_sweeping_removes_our_leftovers_and_nothing_else(tmp_path: Path) -> None:
-    for name in [*STRANGERS, "step-1"]:
-        make(tmp_path, name)
-    (tmp_path / "step-9.tmp-00000000").write_text("a file")
-    kept = names(tmp_path)
-    for name in [
-        "step-1.old-0123abcd",
-        "step-2.tmp-0123abcd",
-        "step-3.del-0123abcd",
-        "step-1.old-0123abcd.del-76543210",
-    ]:
-        make(tmp_path, name)
-    sweep(tmp_path, fail)
-    assert names(tmp_path) == kept
+def test_the_place_decides_how_checkpoints_appear() -> None:
+    assert isinstance(open_directory("runs"), LocalDirectory)
+    assert isinstance(open_directory("s3://bucket/runs"), RemoteDirectory)
 
 
-def test_sweeping_gives_a_half_replaced_folder_its_name_back(tmp_path: Path) -> None:
-    make(tmp_path, "step-2.old-0123abcd", step=2)
-    sweep(tmp_path, fail)
-    assert names(tmp_path) == {"step-2"}
-
-
-def test_what_cannot_be_tidied_up_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path, "step-2.del-0123abcd")
-
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(shutil, "rmtree", refuse)
-    reports: list[str] = []
-    sweep(tmp_path, reports.append)
-    assert len(reports) == 1
-    assert "step-2.del-0123abcd" in reports[0]
-
-
-def test_beginning_makes_a_scratch_folder_and_refuses_a_stranger_in_the_way(tmp_path: Path) -> None:
-    final = tmp_path / "a" / "b" / "step-9"
-    temporary = begin(final, fail)
-    assert temporary.is_dir()
-    assert temporary.name.startswith("step-9.tmp-")
-    final.write_text("mine")
-    with pytest.raises(CheckpointError, match="step-9 is in the way"):
-        begin(final, fail)
-    assert names(final.parent) == {"step-9"}
-
-
-def test_retiring_keeps_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 10, 20):
-        make(tmp_path, f"step-{step}", step)
-    tidy(tmp_path, keep_latest=0, published=20)
-    assert len(names(tmp_path)) == 4
-    tidy(tmp_path, keep_latest=3, published=20)
-    assert names(tmp_path) == {"step-2", "step-10", "step-20"}
-    tidy(tmp_path, keep_latest=1, published=20)
-    assert names(tmp_path) == {"step-20"}
-
-
-def test_damaged_and_later_ones_neither_count_nor_go(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4, 5, 30):
-        make(tmp_path, f"step-{step}", step)
-    (tmp_path / "step-4" / MANIFEST_NAME).unlink()
-    tidy(tmp_path, keep_latest=2, published=5, damaged=("step-3",))
-    assert names(tmp_path) == {"step-2", "step-3", "step-4", "step-5", "step-30"}
+def test_retiring_is_the_same_everywhere(anywhere: str) -> None:
+    place = place_of(anywhere)
+    for step in (1, 2, 3, 4, 5, 6, 30):
+        make(place / f"step-{step}", step, permanent=step in (2, 6))
+    (place / "step-4").write("state.json", b"{}")
+    (place / "step-4").remove(MANIFEST_NAME)
+    open_directory(place, fail).retire(keep_latest=0, published=6, damaged=())
+    assert len(place.folders()) == 7
+    open_directory(place, fail).retire(keep_latest=1, published=6, damaged=["step-3"])
+    assert place.folders() == ["step-2", "step-3", "step-30", "step-4", "step-5", "step-6"]
+    assert [folder.name for folder in candidates(anywhere)][:3] == ["step-30", "step-6", "step-5"]
+    assert is_checkpoint(place / "step-2")
+    assert not is_checkpoint(place / "step-4")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
-from titan_ckpt.manifest import MANIFEST_NAME, FileRecord, Manifest
+from titan_ckpt.manifest import MANIFEST_NAME, Manifest
+from titan_ckpt.storage import FileRecord
 
 
 @pytest.fixture

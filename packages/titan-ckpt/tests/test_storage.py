@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import hashlib
 import os
 import resource
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from titan_ckpt import storage
-from titan_ckpt.storage import HashingFile, discard, publish, scratch, write_file
+from titan_ckpt.storage import HashingFile, LocalOutput, discard, publish, scratch
 
 
 def folder_with(path: Path, content: str) -> Path:
@@ -23,9 +25,9 @@ def content_of(path: Path) -> str:
 
 
 def test_the_hash_is_of_the_bytes_in_the_order_written(tmp_path: Path) -> None:
-    pieces = [b"head", bytes(range(256)) * 20_000, b"", torch.arange(3).numpy().data, b"tail"]
+    pieces = [b"head", bytes(range(256)) * 80_000, b"", torch.arange(3).numpy().data, b"tail"]
     seen: list[int] = []
-    with HashingFile(tmp_path / "x", seen.append) as file:
+    with HashingFile(LocalOutput(tmp_path / "x"), seen.append) as file:
         for piece in pieces:
             file.write(piece)
             assert file.tell() == sum(seen)
@@ -45,58 +47,81 @@ def test_the_callers_memory_is_hashed_before_the_call_returns(tmp_path: Path) ->
             self.inner.update(data)
 
     data = bytearray(b"a" * (1 << 20))
-    with HashingFile(tmp_path / "x") as file:
+    with HashingFile(LocalOutput(tmp_path / "x")) as file:
         file._hash = Slow(file._hash)
         file.write(data)
         data[:] = b"b" * len(data)
     assert file.record.sha256 == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
 
 
-def test_the_bytes_are_synced_on_the_way_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_bytes_are_synced_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(storage, "_SYNC_EVERY_BYTES", 1000)
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
-    with HashingFile(tmp_path / "x") as file:
-        file._sync_at = 1000
-        file.write(b"a" * 999)
+    with HashingFile(LocalOutput(tmp_path / "x")) as file:
+        file.write(b"a" * 10_000_001)
         assert synced == []
-        file.write(b"a" * 5)
-    assert synced[0] >= 1000
-    assert synced[-1] == 1004
-    assert len(synced) == 2
+    assert synced == [10_000_001]
 
 
-def test_a_failed_sync_on_the_way_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail_once(descriptor: int) -> None:
-        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def test_a_failed_sync_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "fsync", fail_once)
-    file = HashingFile(tmp_path / "x")
-    file._sync_at = 10
+    monkeypatch.setattr(os, "fsync", fail)
+    file = HashingFile(LocalOutput(tmp_path / "x"))
     file.write(b"a" * 10)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, match="Input/output") as raised:
         file.close()
+    assert raised.value.filename == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, storage._BUFFER_BYTES, storage._BUFFER_BYTES + 1])
+def test_a_file_system_that_wants_other_blocks_gets_them_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    write, refused = os.write, []
+
+    def picky(descriptor: int, data: memoryview) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(len(data))
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", picky)
+    content = os.urandom(size)
+    with HashingFile(LocalOutput(tmp_path / "x")) as file:
+        file.write(content)
+    assert (tmp_path / "x").read_bytes() == content
+    assert len(refused) <= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no direct writing")
+def test_the_page_cache_is_left_alone_where_the_file_system_allows(tmp_path: Path) -> None:
+    output = LocalOutput(tmp_path / "x")
+    if not output._direct:
+        pytest.skip("this file system has no direct writing")
+    flags = fcntl.fcntl(output._file, fcntl.F_GETFL)
+    output.abandon()
+    assert flags & os.O_DIRECT
 
 
 def test_a_full_disk_is_seen_through_torchs_own_error(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(OSError, match="File too large") as raised, HashingFile(tmp_path / "x") as file:
-            torch.save(
-                torch.zeros(100_000), cast(IO[bytes], file)
-            )  # torch's zip writer raises an error of its own over it
+        with pytest.raises(OSError, match="File too large") as raised, HashingFile(LocalOutput(tmp_path / "x")) as file:
+            # Torch's zip writer raises an error of its own over it.
+            torch.save(torch.zeros(storage._BUFFER_BYTES), cast(IO[bytes], file))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert raised.value.filename == str(tmp_path / "x")
 
 
 def test_an_existing_file_is_never_written_over(tmp_path: Path) -> None:
-    write_file(tmp_path / "a" / "x", b"1")
+    (tmp_path / "x").write_bytes(b"1")
     with pytest.raises(FileExistsError):
-        write_file(tmp_path / "a" / "x", b"2")
-    assert (tmp_path / "a" / "x").read_bytes() == b"1"
+        LocalOutput(tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"1"
 
 
 def test_publishing_renames_and_syncs_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

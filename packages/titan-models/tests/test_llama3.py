@@ -61,7 +61,8 @@ def as_hugging_face(model, config):
     for name, parameter in model.named_parameters():
         layer = re.search(r"\.(\d+)\.", name)
         key = re.sub(r"\.\d+\.", ".*.", name)
-        names[HUGGING_FACE_KEYS[key].replace("*", layer[1] if layer else "")] = parameter
+        entry = HUGGING_FACE_KEYS[key]
+        names[(entry if isinstance(entry, str) else entry[0]).replace("*", layer[1] if layer else "")] = parameter
     missing, unexpected = reference.load_state_dict(names, strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config.tie_embeddings else [])

@@ -48,7 +48,8 @@ def reference_class(config):
 def published(name, tensor):
     """The tensors that a published checkpoint holds for a native one, under their names."""
     layer = re.search(r"\.(\d+)\.", name)
-    key = HUGGING_FACE_KEYS[re.sub(r"\.\d+\.", ".*.", name)].replace("*", layer[1] if layer else "", 1)
+    entry = HUGGING_FACE_KEYS[re.sub(r"\.\d+\.", ".*.", name)]
+    key = (entry if isinstance(entry, str) else entry[0]).replace("*", layer[1] if layer else "", 1)
     if "*" not in key:
         return {key: tensor.detach()}
     return {key.replace("*", str(e)): expert for e, expert in enumerate(tensor.detach())}

@@ -1,91 +1,155 @@
-"""`titan-convert COMMAND SRC DST`: reads the command line, calls the engine in titan-ckpt, says what came of it.
+"""`titan-convert COMMAND …`: reads the command line, has the command carried out, says what came of it.
 
-Exit codes: 0 done, 1 not done (one paragraph on stderr says why), 2 the command line is wrong, 130 interrupted.
-Imports no torch before it is needed, so that help and mistakes answer at once.
+Exit codes: 0 done, 1 not done, or `diff` and `verify` have found something (what, is on stderr or in the table), 2 the
+command line is wrong, 130 interrupted. Imports no torch before it is needed, so that help and mistakes answer at once.
 """
 
 import argparse
 import contextlib
+import importlib
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from titan_ckpt.errors import CheckpointError
 from titan_convert import __version__
-from titan_convert.progress import ProgressLine, size_text
+from titan_convert.progress import ProgressLine
 
-if TYPE_CHECKING:
-    from titan_ckpt.convert import Converted
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+KEYS = ("titan", "torchtitan", "torchtitan-0.2", "torchtune")
+ASSETS = ("tokenizer", "config", "weights")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
-_SHOWN = 8  # keys of what was left out; the rest are counted
+# Command -> module and function that carry it out, and what it does.
+COMMANDS = {
+    "hf-to-dcp": ("titan_convert.commands:convert", "A Hugging Face folder (safetensors) into a checkpoint."),
+    "dcp-to-hf": ("titan_convert.commands:convert", "A checkpoint into a folder that transformers loads."),
+    "llama-to-dcp": ("titan_convert.commands:convert", "Meta's params.json and consolidated.NN.pth into a checkpoint."),
+    "dcp-to-llama": ("titan_convert.commands:convert", "A checkpoint into Meta's params.json and consolidated.NN.pth."),
+    "dcp-to-torch": (
+        "titan_convert.commands:dcp_to_torch",
+        "The tensors of a checkpoint folder (titan's, or any in PyTorch's DCP layout) into one torch.save file.",
+    ),
+    "torch-to-dcp": (
+        "titan_convert.commands:torch_to_dcp",
+        "A torch.save file of tensors, nested dicts or flat, into a checkpoint folder.",
+    ),
+    "inspect": ("titan_convert.show:inspect", "What a folder or file is: format, family, parameters, dtypes, sizes."),
+    "diff": ("titan_convert.show:diff", "Compares two models, of any formats, tensor by tensor."),
+    "verify": ("titan_convert.show:verify", "Whether a folder or file is whole: manifest, hashes, index, headers."),
+    "download": ("titan_convert.download:command", "Fetches a repository from the Hugging Face hub."),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command in `arguments` (the process's own if None) and returns the exit code."""
     options = _parser().parse_args(arguments)
+    module, _, function = COMMANDS[options.command][0].partition(":")
     try:
         with contextlib.closing(ProgressLine()) as progress:
-            converted = _convert(options, progress)
+            # torch and what it brings: seconds that a wrong option need not wait
+            command: Callable[..., int] = getattr(importlib.import_module(module), function)
+            return command(options, progress)
     except CheckpointError as error:
         print(f"titan-convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"titan-convert: interrupted; {options.dst} is as it was.", file=sys.stderr)
+        print("titan-convert: interrupted; run again to go on, nothing has been replaced.", file=sys.stderr)
         return 130
-    for line in _summary(options.dst, converted):
-        print(line)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="titan-convert", description="Converts checkpoints between formats.")
     parser.add_argument("--version", action="version", version=f"titan-convert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    text = "The tensors of a checkpoint folder (titan's, or any in PyTorch's DCP layout) into one torch.save file."
-    command = commands.add_parser("dcp-to-torch", help=text, description=text)
-    command.add_argument("src", type=Path, metavar="SRC", help="the folder, for instance checkpoints/step-500")
-    command.add_argument("dst", type=Path, metavar="DST", help="the file to write, for instance model.pt")
-    command.add_argument(
-        "--only", metavar="NAME", help="take just what is under NAME (`model`), and take `NAME.` off the keys"
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    command.add_argument(
-        "--no-verify-hashes", action="store_true", help="don't compare the files' SHA-256 with the manifest"
-    )
-
-    text = "A torch.save file of tensors, nested dicts or flat, into a checkpoint folder."
-    command = commands.add_parser("torch-to-dcp", help=text, description=text)
-    command.add_argument("src", type=Path, metavar="SRC", help="the file, for instance model.pt")
-    command.add_argument("dst", type=Path, metavar="DST", help="the folder to write, for instance checkpoints/step-0")
-    command.add_argument(
-        "--under", metavar="NAME", help="put `NAME.` before the keys: the object (`model`) they will be loaded into"
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint")
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == "download":
+            _download(command)
+        elif "-to-" not in name:
+            _look(command, name)
+        else:
+            _conversion(command, *name.split("-to-"))
     return parser
 
 
-def _convert(options: argparse.Namespace, progress: ProgressLine) -> "Converted":
-    from titan_ckpt.convert import dcp_to_torch, torch_to_dcp  # torch: seconds that a wrong option need not wait
-
-    if options.command == "dcp-to-torch":
-        return dcp_to_torch(
-            options.src,
-            options.dst,
-            only=options.only,
-            overwrite=options.overwrite,
-            verify_hashes=not options.no_verify_hashes,
-            progress=progress,
+def _conversion(command: argparse.ArgumentParser, src: str, dst: str) -> None:
+    kinds = {"hf": "folder", "llama": "folder", "torch": "file", "dcp": "folder"}
+    command.add_argument("src", metavar="SRC", help=f"the {kinds[src]} to read; a path or a URL (s3://…)")
+    command.add_argument("dst", metavar="DST", help=f"the {kinds[dst]} to write")
+    command.add_argument("--overwrite", action="store_true", help="replace DST if it exists and was converted or saved")
+    if src != "torch":
+        command.add_argument(
+            "--no-verify-hashes", action="store_true", help="don't compare SRC's files with the hashes it came with"
         )
-    return torch_to_dcp(options.src, options.dst, under=options.under, overwrite=options.overwrite, progress=progress)
+    if dst == "torch":
+        command.add_argument(
+            "--only", metavar="NAME", help="take just what is under NAME (`model`), and take `NAME.` off the keys"
+        )
+    elif src == "torch":
+        command.add_argument(
+            "--under", metavar="NAME", help="put `NAME.` before the keys: the object (`model`) they will be loaded into"
+        )
+    else:
+        _between_models(command, src, dst)
 
 
-def _summary(dst: Path, converted: "Converted") -> list[str]:
-    verified = ", the source verified by its manifest" if converted.verified else ""
-    lines = [f"wrote {dst}: {converted.tensors:,} tensors, {size_text(converted.size)}{verified}"]
-    if converted.left_out:
-        shown = ", ".join(converted.left_out[:_SHOWN])
-        more = len(converted.left_out) - _SHOWN
-        lines.append(f"left out, for they are no tensors: {shown}" + (f" and {more} more" if more > 0 else ""))
-    return lines
+def _between_models(command: argparse.ArgumentParser, src: str, dst: str) -> None:
+    command.add_argument("--dtype", choices=DTYPES, help="of the result; default: as in SRC")
+    side = "SRC" if src == "dcp" else "DST"
+    command.add_argument("--keys", choices=KEYS, default="titan", help=f"whose names {side} has; default: titan")
+    if src == "dcp":
+        command.add_argument(
+            "--config",
+            metavar="PATH",
+            help="a model.json, config.json or params.json, if SRC doesn't say what it holds",
+        )
+    if dst == "llama":
+        command.add_argument("--shards", type=_positive, default=1, help="ranks of model parallelism; default: 1")
+    if dst == "hf":
+        command.add_argument("--shard-size", type=_bytes, default=10**9, help="of a file; default: 1GB")
+    command.add_argument("--dry-run", action="store_true", help="print the table of names and shapes, write nothing")
+    command.add_argument("--restart", action="store_true", help="delete what an interrupted run has left, start anew")
+    command.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute logits on both sides, on a slice of the model, in a process of its own; default: if transformers "
+        "is installed",
+    )
+
+
+def _look(command: argparse.ArgumentParser, name: str) -> None:
+    if name == "diff":
+        command.add_argument("one", metavar="A", help="a folder or file of weights")
+        command.add_argument("other", metavar="B", help="another one")
+        command.add_argument(
+            "--config", metavar="PATH", help="the model, for a DCP folder that doesn't say what it holds"
+        )
+    else:
+        command.add_argument("path", metavar="PATH", help="a folder or file of weights; a path or a URL")
+    if name == "inspect":
+        command.add_argument("--tensors", action="store_true", help="list every tensor")
+
+
+def _download(command: argparse.ArgumentParser) -> None:
+    command.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub")
+    command.add_argument("dst", metavar="DST", nargs="?", help="the folder to write; default: NAME")
+    command.add_argument(
+        "--assets", nargs="+", choices=ASSETS, default=list(ASSETS), help="what to fetch; default: all"
+    )
+    command.add_argument("--revision", help="a branch, tag or commit; default: main")
+    command.add_argument("--token", help="of the hub; default: HF_TOKEN, or that of `hf auth login`")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _bytes(text: str) -> int:
+    for unit, factor in _UNITS.items():
+        if text.upper().endswith(unit):
+            return _positive(text[: -len(unit)]) * factor
+    return _positive(text)

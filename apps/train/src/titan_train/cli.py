@@ -1,20 +1,23 @@
 """`titan-train`: reads the command line, checks it, and only then imports torch and trains."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
 
+from titan_data.config import DataConfig
 from titan_train.config import TrainConfig
-from titan_train.config_file import read_config, to_json
+from titan_train.config_file import RUN_CONFIG, read_config, to_json
 from titan_train.interrupt import Interrupt, Preempted
+from titan_train.origin import check_origin, find_origin
 from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, builtin_modules, load_config
-from titan_train.validate import ConfigError, validate
+from titan_train.validate import validate
 
 _DESCRIPTION = """\
 Trains a model. Start it with torchrun for more than one process:
@@ -27,6 +30,11 @@ Trains a model. Start it with torchrun for more than one process:
 --dry-run        rehearse a step on fake tensors, print the memory of the heaviest rank; and stop
 --world-size N   the number of ranks that --explain and --dry-run suppose (default: those that were started)
 """
+
+_NO_TOKENIZER = DataConfig.tokenizer  # it is trained on the run's own text
+
+# What follows from the configuration or from what ranks have agreed on, so that all of them raise it.
+_RAISED_BY_ALL = ("titan_train.validate", "titan_train.resume", "titan_train.origin", "titan_ckpt.")
 
 _FAILED, _USAGE, _PREEMPTED, _INTERRUPTED = 1, 2, 75, 130  # 75: EX_TEMPFAIL, "try again later"
 
@@ -44,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     """Like `main`, but returns the exit code of everything except wrong usage."""
     try:
         chosen, rest = _first_stage(arguments)
-        config = resolve(_second_stage(load_config(chosen.module, chosen.config), rest))
+        config = resolve(_configured(chosen, rest))
         world_size = _supposed_world_size(chosen)
         validate(config, world_size)
         if chosen.print_config:
@@ -61,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         with Interrupt(alone=_world_size() == 1) as interrupt:
             from titan_train.trainer import train
 
-            return _exit_code(train(config, interrupt, name=_run_name(chosen.config)))
+            return _exit_code(train(config, interrupt, name=_run_name(chosen.config or DEFAULT_CONFIG)))
     except Preempted:
         return _exit_code(signal.SIGTERM)
     except KeyboardInterrupt:
@@ -69,6 +77,38 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         _complain(error)
         return _USAGE if rehearsing and isinstance(error, ValueError) else _FAILED
+
+
+def _configured(chosen: argparse.Namespace, rest: Sequence[str]) -> TrainConfig:
+    """The chosen configuration with the overrides; its model is that of the weights it starts from, if there are."""
+    base = load_config(chosen.module or DEFAULT_MODULE, chosen.config or DEFAULT_CONFIG)
+    location = _given(rest, "checkpoint.init-from") or base.checkpoint.init_from
+    if location is None:
+        return _second_stage(base, rest)
+    output = _given(rest, "output") or base.output
+    recorded = _recorded_config(Path(output)) if output else None
+    origin = None
+    if recorded:  # once a run has begun, its own directory says what it is of
+        before = read_config(recorded)
+        model, tokenizer = before.model, before.data.tokenizer
+    else:
+        origin = find_origin(location)
+        model, tokenizer = origin.model, origin.tokenizer or _NO_TOKENIZER
+    if chosen.module is None and chosen.config is None:
+        base = dataclasses.replace(base, model=model)
+    if base.data.tokenizer == _NO_TOKENIZER:
+        base = dataclasses.replace(base, data=dataclasses.replace(base.data, tokenizer=tokenizer))
+    config = _second_stage(base, rest)
+    if origin is not None:
+        check_origin(config, origin)
+    return config
+
+
+def _given(arguments: Sequence[str], field: str) -> str | None:
+    """What the command line says of a field, before the rest of it is understood."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{field}", f"--{field.replace('-', '_')}", dest="value")
+    return parser.parse_known_args(arguments)[0].value
 
 
 def _exit_code(ended_by: signal.Signals | None) -> int:
@@ -91,6 +131,9 @@ def _supposed_world_size(chosen: argparse.Namespace) -> int:
 
 
 def _rehearsed(config: TrainConfig, world_size: int, chosen: argparse.Namespace) -> str:
+    from titan_core.compiling import check_backend
+
+    check_backend(config.compile)
     texts = []
     if chosen.explain:
         from titan_train.explain import explanation_text
@@ -108,10 +151,9 @@ def _complain(error: Exception, on_rank: int | None = None) -> None:
     if not (type(error).__module__.startswith("titan_") or isinstance(error, OSError)):
         raise error
     rank = int(os.environ.get("RANK", "0"))
-    if isinstance(error, ConfigError) or (
-        isinstance(error, ValueError) and type(error).__module__.startswith("titan_core.")
-    ):
-        on_rank = 0  # it follows from the configuration, so all ranks raise it
+    module = type(error).__module__
+    if module.startswith(_RAISED_BY_ALL) or (isinstance(error, ValueError) and module.startswith("titan_core.")):
+        on_rank = 0
     if type(error).__name__ == "MainRankError" or on_rank not in (None, rank):
         return
     who = f"titan-train (rank {rank})" if _world_size() > 1 and on_rank is None else "titan-train"
@@ -120,8 +162,8 @@ def _complain(error: Exception, on_rank: int | None = None) -> None:
 
 def _first_stage(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="titan-train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--module", default=DEFAULT_MODULE)
-    parser.add_argument("--config", default=DEFAULT_CONFIG)
+    parser.add_argument("--module")
+    parser.add_argument("--config")
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--explain", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
@@ -133,14 +175,29 @@ def _second_stage(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     description = _DESCRIPTION.format(
         modules=", ".join(builtin_modules()), module=DEFAULT_MODULE, config=DEFAULT_CONFIG
     )
-    return tyro.cli(
-        type(config),
-        prog="titan-train",
-        description=description,
-        default=config,
-        args=list(arguments),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    with _said_once():
+        return tyro.cli(
+            type(config),
+            prog="titan-train",
+            description=description,
+            default=config,
+            args=list(arguments),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Lets one rank only say what is wrong with the command line, which is the same for all."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+        contextlib.redirect_stdout(nowhere),
+    ):
+        yield
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -154,7 +211,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def _recorded_config(run_directory: Path) -> Path | None:
     """The configuration that a run left in its directory or, should that be lost, in a checkpoint."""
-    places = [run_directory / "config.json", *run_directory.glob("checkpoints/step-*/files/config.json")]
+    places = [run_directory / "config.json", *run_directory.glob(f"checkpoints/step-*/files/{RUN_CONFIG}")]
     return next((place for place in places if place.is_file()), None)
 
 

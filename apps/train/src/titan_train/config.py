@@ -42,8 +42,29 @@ class TrainingConfig:
 class CheckpointSection(CheckpointConfig):
     """Checkpoints, and what may differ when a run continues from one."""
 
+    directory: str | None = None
+    """Where checkpoints are: a folder, or a URL that fsspec knows such as s3://bucket/run; None: checkpoints in the run
+    directory."""
     allow_changes: bool = False
     """Continue although what is computed differs from the checkpoint's configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The weights for others to use, beside checkpoints."""
+
+    format: Literal["none", "huggingface"] = "none"
+    """huggingface: safetensors with config.json and tokenizer, in hugging_face/step-N of the run directory."""
+    every: int = 0
+    """Steps between exports, which training waits for; 0: only after the last step."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the exported weights; None: precision.master_dtype."""
+    shard_bytes: int = 5_000_000_000
+    """Bytes of weights in a file; ranks write files side by side."""
+
+    def due(self, step: int, *, is_last: bool) -> bool:
+        """Whether to export after `step`."""
+        return self.format != "none" and (is_last or (self.every > 0 and step % self.every == 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,5 +105,7 @@ class TrainConfig:
     """Run directory; a run that was started there before goes on. None: runs/<config>-<time>."""
     checkpoint: CheckpointSection = field(default=CheckpointSection(), metadata=WHERE)
     """Saving and resuming."""
+    export: ExportConfig = field(default=ExportConfig(), metadata=WHERE)
+    """Weights in a format of others."""
     metrics: MetricsConfig = field(default=MetricsConfig(), metadata=WHERE)
     """What is logged, and where to."""

@@ -11,6 +11,9 @@ from typing import Any
 
 from titan_train.config import TrainConfig
 
+RUN_CONFIG = "train_config.json"
+"""Its name among the files of a checkpoint."""
+
 _TYPE = "type"
 
 

@@ -8,10 +8,11 @@ import torch
 
 from titan_core.degrees import resolve_degrees
 from titan_core.explain import Stage, describe_stages
-from titan_core.explain_text import human
+from titan_core.explain_text import human, terminal_width, wrap
 from titan_core.memory_use import MemoryUse
 from titan_core.roles import resolve_roles
-from titan_core.timeline import compute_order, most_in_flight
+from titan_core.schedule_order import compute_order
+from titan_core.timeline import most_in_flight
 from titan_models.facts import flops_per_token
 from titan_train.config import TrainConfig
 from titan_train.rehearsal import rehearse_all
@@ -25,13 +26,15 @@ class DryRun:
     world_size: int
     """Number of ranks."""
     memory: dict[int, MemoryUse]
-    """Rank -> bytes alive when most are."""
+    """Rank -> bytes alive on its device when most are."""
+    host_memory: dict[int, MemoryUse]
+    """Rank -> bytes alive in the host's memory when most are there, with parallel.cpu_offload."""
     seconds: float
     """How long it took to find out."""
 
     @property
     def heaviest(self) -> int:
-        """The rank that needs most."""
+        """The rank that needs most on its device."""
         return max(self.memory, key=lambda rank: self.memory[rank].total)
 
 
@@ -40,26 +43,37 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     started = time.perf_counter()
     ranks = _candidates(config, world_size)
     rehearsals = rehearse_all(config, world_size, ranks)
-    memory = {rank: rehearsal.memory for rank, rehearsal in zip(ranks, rehearsals, strict=True)}
-    return DryRun(world_size=world_size, memory=memory, seconds=time.perf_counter() - started)
+    return DryRun(
+        world_size=world_size,
+        memory={rank: rehearsal.memory for rank, rehearsal in zip(ranks, rehearsals, strict=True)},
+        host_memory={rank: rehearsal.host_memory for rank, rehearsal in zip(ranks, rehearsals, strict=True)},
+        seconds=time.perf_counter() - started,
+    )
 
 
 def dry_run_text(config: TrainConfig, world_size: int) -> str:
     """What `titan-train --dry-run` prints for a validated configuration on `world_size` ranks."""
     result = dry_run(config, world_size)
-    rank = result.heaviest
-    use = result.memory[rank]
+    rank, offload, width = result.heaviest, config.parallel.cpu_offload, terminal_width()
     lines = [
         f"A training step on {world_size} rank{'s' if world_size > 1 else ''} of fake tensors, in "
-        f"{result.seconds:,.1f} s. Rank {rank} needs most:"
+        f"{result.seconds:,.1f} s. Rank {rank} needs most{' on its GPU' if offload else ''}:",
+        *_table(result.memory[rank]),
     ]
-    categories = {field.name: getattr(use, field.name) for field in dataclasses.fields(use)}
-    lines += [f"  {name:<14}{human(size):>12}  {_MEANING[name]}" for name, size in categories.items()]
-    lines.append(f"  {'peak':<14}{human(use.total):>12}  all of them, when most is alive")
+    if offload:
+        lines += [f"In the host's memory, rank {rank} needs beside:", *_table(result.host_memory[rank])]
     if len(result.memory) > 1:
-        lines.append("The ranks that could need most, the first of each pipeline stage tried:")
-        lines += [f"  rank {tried:<9}{human(memory.total):>12}" for tried, memory in result.memory.items()]
-    return "\n".join([*lines, *(f"note: {note}" for note in _assumptions(config))])
+        lines.append("The ranks that could need most, the first of each pipeline rank tried:")
+        for tried, memory in result.memory.items():
+            host = f"  and {human(result.host_memory[tried].total)} of the host's" if offload else ""
+            lines.append(f"  rank {tried:<9}{human(memory.total):>12}{host}")
+    return "\n".join(wrap(line, width) for line in [*lines, *(f"note: {note}" for note in _assumptions(config))])
+
+
+def _table(use: MemoryUse) -> list[str]:
+    sizes = {field.name: getattr(use, field.name) for field in dataclasses.fields(use)}
+    lines = [f"  {name:<14}{human(size):>12}  {_MEANING[name]}" for name, size in sizes.items()]
+    return [*lines, f"  {'peak':<14}{human(use.total):>12}  all of them, when most is alive"]
 
 
 _MEANING = {
@@ -108,5 +122,8 @@ def _assumptions(config: TrainConfig) -> list[str]:
     if config.compile.enabled:
         notes.append("nothing was compiled; compiled blocks usually keep fewer activations")
     if config.parallel.cpu_offload:
-        notes.append("parameters, gradients and the optimizer's state are in the host's memory")
+        notes.append(
+            "parameters, reduced gradients and the optimizer's state are in the host's memory; what is on its way "
+            "between host and GPU is counted on one side only"
+        )
     return notes

@@ -1,7 +1,5 @@
 """`titan-train --explain`: what a layout makes of a model, without a GPU and without other ranks."""
 
-import shutil
-
 import torch
 
 from titan_core.degrees import resolve_degrees
@@ -15,9 +13,10 @@ from titan_core.explain import (
     describe_stages,
     merge_parameters,
 )
-from titan_core.explain_text import render
+from titan_core.explain_text import render, terminal_width, wrap
 from titan_core.roles import resolve_roles
-from titan_core.timeline import compute_order, play
+from titan_core.schedule_order import compute_order
+from titan_core.timeline import play
 from titan_models.facts import flops_per_token
 from titan_train.build import lay_out
 from titan_train.config import TrainConfig
@@ -28,8 +27,9 @@ from titan_train.rows import share_rows
 
 def explanation_text(config: TrainConfig, world_size: int) -> str:
     """What `titan-train --explain` prints for a validated configuration on `world_size` ranks."""
-    width = min(shutil.get_terminal_size((120, 24)).columns, 200)
-    return render(explain(config, world_size), width) + "\n\n" + _assumptions(config)
+    width = terminal_width()
+    notes = [wrap(f"note: {note}", width) for note in _assumptions(config)]
+    return render(explain(config, world_size), width) + "\n\n" + "\n".join(notes)
 
 
 def explain(config: TrainConfig, world_size: int) -> Explanation:
@@ -45,7 +45,8 @@ def explain(config: TrainConfig, world_size: int) -> Explanation:
     cost = [sum(stage.cost_share for stage in stages if stage.rank == rank) for rank in range(degrees.pp)]
     firsts = [rank * (world_size // degrees.pp) for rank in range(degrees.pp)]
     rank = firsts[cost.index(max(cost))]
-    seen = dict(zip(firsts, in_processes(_look, [(config, world_size, first) for first in firsts]), strict=True))
+    looks = in_processes(_look, [(config, world_size, first) for first in firsts], "laying out the model")
+    seen = dict(zip(firsts, looks, strict=True))
     timeline = None
     if degrees.pp > 1:
         micro_batches = share_rows(config.training, config.parallel, degrees).micro_batches
@@ -70,7 +71,7 @@ def _look(config: TrainConfig, world_size: int, rank: int) -> tuple[tuple[View, 
         return views, describe_parameters(layout.model, roles)
 
 
-def _assumptions(config: TrainConfig) -> str:
+def _assumptions(config: TrainConfig) -> list[str]:
     notes = [
         "a step's traffic leaves out what ranks agree on beside training: whether to stop, what is logged and saved"
     ]
@@ -80,4 +81,4 @@ def _assumptions(config: TrainConfig) -> str:
         notes.append(
             "the compiler was not run; recomputation chosen by it, and what it fuses, may change a few numbers"
         )
-    return "\n".join(f"note: {note}" for note in notes)
+    return notes

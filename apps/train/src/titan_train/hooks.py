@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from titan_metrics.sinks import Sinks, build_sinks
 from titan_models.facts import training_flops_per_token
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
+from titan_train.votes import Votes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Step:
     """The step, counted from 1."""
     is_last: bool
     """Whether the run ends or is interrupted with this step."""
-    ended_by: signal.Signals | None
-    """The signal by which it is interrupted, if it is."""
+    votes: Votes
+    """What the ranks have decided before it."""
     loss: Tensor
     """This rank's share of the mean loss over the global batch's tokens: a scalar."""
     grad_norm: Tensor
@@ -57,6 +57,9 @@ class Hook:
     def end_step(self, step: Step) -> None:
         """After the optimizer has stepped."""
 
+    def end_save(self, blocking_seconds: float) -> None:
+        """After a checkpoint was saved, or copied to be saved, which training waited for."""
+
     def checkpoint_meta(self) -> dict[str, Any]:
         """JSON values to be found again in a checkpoint; rank 0's count."""
         return {}
@@ -72,6 +75,7 @@ class LogMetrics(Hook):
         self._env, self._meter, self._sinks, self._every = env, meter, sinks, every
         self._first: int | None = None
         self._loads = loads
+        self._saving_seconds = 0.0
 
     def end_step(self, step: Step) -> None:
         """Reads the step's tensors if it is to be logged, which waits for the device."""
@@ -87,10 +91,16 @@ class LogMetrics(Hook):
             "lr": step.lr,
             "tokens": step.total_tokens,
             "epoch": step.epoch,
+            "checkpoint_seconds": self._saving_seconds,
         }
+        self._saving_seconds = 0.0
         values |= self._meter.read() | memory(self._env.device.type) | self._expert_loads(step)
         if self._sinks is not None:
             self._sinks.log(step.number, values)
+
+    def end_save(self, blocking_seconds: float) -> None:
+        """Adds to what the next logged step reports."""
+        self._saving_seconds += blocking_seconds
 
     def _expert_loads(self, step: Step) -> dict[str, float]:
         """The greatest and the least load of an expert in any layer, relative to the mean; writes all of them down."""

@@ -3,9 +3,11 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import FrameType
 from typing import Self
+
+from titan_train.votes import Votes
 
 _PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -28,15 +30,9 @@ class Interrupt:
         self._before: dict[int, signal._HANDLER] = {}
 
     @property
-    def votes(self) -> list[int]:
-        """What ranks add up to agree: [asked by Ctrl-C, asked to make room]."""
-        return [int(self.received == signal.SIGINT), int(self.received in _PREEMPTING)]
-
-    @staticmethod
-    def decision(votes: Sequence[int]) -> signal.Signals | None:
-        """The signal by which all ranks end, of the `votes` added up; None if they go on."""
-        by_hand, preempted = votes
-        return signal.SIGTERM if preempted else signal.SIGINT if by_hand else None
+    def vote(self) -> Votes:
+        """What this rank has to say when ranks agree."""
+        return Votes(by_hand=int(self.received == signal.SIGINT), preempted=int(self.received in _PREEMPTING))
 
     def __enter__(self) -> Self:
         for number in _PREEMPTING:

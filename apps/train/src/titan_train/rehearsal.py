@@ -11,7 +11,6 @@ are dealt evenly to experts.
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -42,11 +41,11 @@ class Rehearsal:
     """What a step of one rank needs."""
 
     memory: MemoryUse
-    """When most is alive."""
+    """On the device, when most is alive there."""
+    host_memory: MemoryUse
+    """In the host's memory, with parallel.cpu_offload, when most is alive there."""
     traffic: tuple[Flow, ...]
     """What the rank sends and receives in the step."""
-    seconds: float
-    """How long rehearsing it took."""
 
 
 def rehearse(config: TrainConfig, world_size: int, rank: int, micro_batches: int | None = None) -> Rehearsal:
@@ -54,12 +53,10 @@ def rehearse(config: TrainConfig, world_size: int, rank: int, micro_batches: int
 
     Fewer micro-batches keep the shape of the last one, which may have fewer rows than the others.
     """
-    started = time.perf_counter()
     torch.set_num_threads(1)
     config = rehearsable(config)
     with fake_environment(config, world_size, rank) as env:
-        memory, traffic = measured_step(config, env, micro_batches, tensors=fake_tensors())
-    return Rehearsal(memory=memory, traffic=tuple(traffic), seconds=time.perf_counter() - started)
+        return measured_step(config, env, micro_batches, tensors=fake_tensors())
 
 
 def measured_step(
@@ -68,8 +65,8 @@ def measured_step(
     micro_batches: int | None = None,
     *,
     tensors: AbstractContextManager[None] | None = None,
-) -> tuple[MemoryUse, list[Flow]]:
-    """Builds a model and an optimizer, and trains a step on a batch of zeros: its peak memory, and its traffic.
+) -> Rehearsal:
+    """Builds a model and an optimizer, and trains a step on a batch of zeros.
 
     The weights are whatever was in memory. `tensors`: entered once the model is laid out.
     """
@@ -81,18 +78,19 @@ def measured_step(
         rows = _rows(share_rows(config.training, config.parallel, env.degrees), micro_batches)
         batch = _batch(config, rows)
 
-        memory, traffic = MemoryRecorder(), TrafficRecorder(env.meshes)
+        memory, traffic, offload = MemoryRecorder(), TrafficRecorder(env.meshes), config.parallel.cpu_offload
         with traffic, memory:
-            memory.hold("parameters", [*layout.model.parameters(), *layout.model.buffers()])
-            memory.hold("optimizer", state.values())
+            memory.hold("parameters", layout.model.buffers())
+            memory.hold("parameters", layout.model.parameters(), host=offload)
+            memory.hold("optimizer", state.values(), host=offload)
             memory.hold("other", batch.values())
             del state
             memory.category = "activations"
             layout.accumulate(batch, divisor=1.0)
-            memory.hold("gradients", [parameter.grad for parameter in layout.model.parameters()])
-            memory.category = "other"
+            memory.hold("gradients", [parameter.grad for parameter in layout.model.parameters()], host=offload)
+            memory.category, memory.host = "other", offload
             update(layout, optimizer, config, 1, env.stages)
-    return memory.peak(), traffic.flows()
+    return Rehearsal(memory=memory.peak(), host_memory=memory.peak(host=True), traffic=tuple(traffic.flows()))
 
 
 @contextlib.contextmanager
@@ -125,7 +123,7 @@ def rehearse_all(config: TrainConfig, world_size: int, ranks: Sequence[int]) -> 
     share = share_rows(config.training, config.parallel, resolve_degrees(config.parallel, world_size))
     counts, wanted = _telling_counts(config, share), share.micro_batches
     tasks = [(config, world_size, rank, count) for rank in ranks for count in counts]
-    found = in_processes(rehearse, tasks)
+    found = in_processes(rehearse, tasks, "rehearsing a step")
     if len(counts) == 1:
         return found
     return [
@@ -136,6 +134,9 @@ def rehearse_all(config: TrainConfig, world_size: int, ranks: Sequence[int]) -> 
 
 def rehearse_traffic(config: TrainConfig, world_size: int, rank: int) -> tuple[Flow, ...]:
     """What a step of `rank` sends and receives, found from as few blocks and micro-batches as show it."""
+    if config.parallel.pp_schedule == "1F1B" and config.parallel.pp_schedule_csv is None and config.parallel.pp > 1:
+        # It sends what GPipe sends, in another order, but needs a micro-batch for each stage.
+        config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, pp_schedule="GPipe"))
     depths, layers = _telling_depths(config), config.model.layers
     found = [
         rehearse_all(
@@ -169,6 +170,8 @@ def _telling_counts(config: TrainConfig, share: Rows) -> list[int]:
     if pp == 1:
         few = 3 if share.rows % share.micro_batch_size else 2  # two of full size, the second of which finds gradients
         more = few + 1
+    elif config.parallel.pp_schedule == "GPipe":
+        few, more = 2, 3  # all are in flight, however many there are
     elif stages == pp:
         few, more = pp + 1, pp + 2  # more than are in flight, so that gradients exist when most are
     else:  # schedules of several stages a rank repeat after so many
@@ -182,12 +185,14 @@ def _extended(few: Rehearsal, more: Rehearsal, factor: float) -> Rehearsal:
     def extend(first: int, second: int) -> int:
         return round(first + (second - first) * factor)
 
-    names = [field.name for field in dataclasses.fields(MemoryUse)]
-    memory = MemoryUse(**{name: extend(getattr(few.memory, name), getattr(more.memory, name)) for name in names})
+    def extend_memory(first: MemoryUse, second: MemoryUse) -> MemoryUse:
+        names = [field.name for field in dataclasses.fields(MemoryUse)]
+        return MemoryUse(**{name: extend(getattr(first, name), getattr(second, name)) for name in names})
+
     return Rehearsal(
-        memory=memory,
+        memory=extend_memory(few.memory, more.memory),
+        host_memory=extend_memory(few.host_memory, more.host_memory),
         traffic=tuple(_extended_flows(few.traffic, more.traffic, extend)),
-        seconds=few.seconds + more.seconds,
     )
 
 

@@ -36,7 +36,7 @@ def overview(
     if gradient_bytes:
         lines.append(
             f"note: gradients are reduced with the last micro-batch only, which keeps "
-            f"{gradient_bytes / 2**20:,.0f} MiB of whole gradients on each rank (parallel.grad_sync)"
+            f"{gradient_bytes / 2**20:,.1f} MiB of whole gradients on each rank (parallel.grad_sync)"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
 """Where a run goes on from: the newest whole checkpoint of the same experiment."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from titan_ckpt.checkpoint import Checkpoint
@@ -37,6 +36,11 @@ class Progress:
         vars(self).update(state)
 
 
+def already_excluded(checkpoint: Checkpoint) -> set[str]:
+    """The parts that the run had left out, before it wrote this checkpoint; it has them anew since."""
+    return set(cast(Sequence[str], checkpoint.meta.get("excluded", ())))
+
+
 def find_checkpoint(
     config: TrainConfig, env: Environment, checkpointer: Checkpointer, what: Mapping[str, Any]
 ) -> Checkpoint | None:
@@ -49,8 +53,8 @@ def find_checkpoint(
     checkpoint = checkpointer.newest_whole()
     mode = config.checkpoint.resume
     if checkpoint is None:
-        folder = Path(config.output or "", "checkpoints")
-        damaged = env.on_main(lambda: [path.name for path in candidates(folder)])
+        folder = checkpointer.directory
+        damaged = env.on_main(lambda: [place.name for place in candidates(folder)])
         if damaged:
             raise ResumeError(
                 f"None of the checkpoints in {folder} is whole ({', '.join(damaged)}), and starting from the beginning "
@@ -62,6 +66,11 @@ def find_checkpoint(
                 f"There is no whole checkpoint in {config.output} to resume from; give the directory of an earlier run "
                 "with --output, or use --checkpoint.resume auto to start from the beginning."
             )
+        if config.checkpoint.exclude:
+            raise ResumeError(
+                f"There is no checkpoint in {folder}, so --checkpoint.exclude has nothing to leave parts out of; leave "
+                "it out, or name the directory of the run to go on with by --output."
+            )
         return None
     if mode == "never":
         raise ResumeError(
@@ -70,8 +79,8 @@ def find_checkpoint(
         )
     if "what" not in checkpoint.meta:
         raise ResumeError(
-            f"{checkpoint.path} was not written by titan-train, so it has weights but no run to go on with. Starting a "
-            "run from weights alone is not available in this version; choose a new directory with --output."
+            f"{checkpoint.place} was not written by titan-train, so it has weights but no run to go on with. Choose a "
+            "new directory with --output, and start from its weights with --checkpoint.init-from."
         )
     changes = differences(cast(Mapping[str, Any], checkpoint.meta["what"]), what)
     if changes and not config.checkpoint.allow_changes:

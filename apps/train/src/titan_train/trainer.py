@@ -18,27 +18,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_ckpt.cadence import Timer, due
+from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.checkpointer import Checkpointer
 from titan_core.init import init_parameters, materialize
 from titan_core.optim import ModelState, OptimizerState, build_optimizer
 from titan_core.rng import RngState
 from titan_data.dataset import TokenDataset, open_dataset
 from titan_data.loader import Batch, BatchLoader
+from titan_models import model_file
 from titan_quant.device import nvidia_capability
 from titan_quant.recipes import resolve_recipe
 from titan_train import report
 from titan_train.build import input_names, lay_out, update
 from titan_train.config import TrainConfig
-from titan_train.config_file import to_json
+from titan_train.config_file import RUN_CONFIG, to_json
 from titan_train.environment import Environment, environment
+from titan_train.export import export
 from titan_train.hooks import Hook, Step, build_hooks
 from titan_train.interrupt import Interrupt
+from titan_train.origin import Origin, find_origin
 from titan_train.parts import fingerprint, what_of
-from titan_train.resume import Progress, find_checkpoint
+from titan_train.resume import Progress, already_excluded, find_checkpoint
 from titan_train.rows import share_rows
 from titan_train.run_directory import RunDirectory, default_directory
 from titan_train.status import StatusFile
 from titan_train.validate import check_vocabulary
+from titan_train.votes import Votes
+from titan_train.weights import load_weights
 
 IGNORED = -100  # the label of a token without loss
 
@@ -67,11 +74,13 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
 
         what = what_of(config, dataset.fingerprint)
         checkpointer = Checkpointer(
-            path / "checkpoints",
+            config.checkpoint.directory or path / "checkpoints",
             keep_latest=config.checkpoint.keep_latest,
             verify_hashes=config.checkpoint.verify_hashes,
+            asynchronous=config.checkpoint.enabled and config.checkpoint.asynchronous,
             report=env.say,
         )
+        cleanup.callback(checkpointer.close)
         checkpoint = find_checkpoint(config, env, checkpointer, what)
         if checkpoint is not None and checkpoint.step >= config.training.steps:
             env.say(report.already_finished(config, checkpoint.step))
@@ -82,8 +91,9 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
 
         trainer = Trainer(config, env, dataset, what)
         if checkpoint is not None:
-            checkpointer.load(checkpoint, trainer.state, per_rank=trainer.per_rank_state)
-            env.say(f"Resumed from {checkpoint.path}, after step {checkpoint.step}.")
+            trainer.resume(checkpointer, checkpoint)
+        elif config.checkpoint.init_from is not None:
+            trainer.start_from(find_origin(config.checkpoint.init_from))
         hooks = build_hooks(config, env, checkpoint)
         for hook in hooks:
             cleanup.callback(hook.close)
@@ -126,6 +136,7 @@ class Trainer:
             "progress": self.progress,
         }
         self.per_rank_state = {"rng": RngState()}
+        self.excluded: set[str] = set()  # parts that this run has left out when it resumed
         env.say(
             report.overview(
                 config,
@@ -137,36 +148,63 @@ class Trainer:
             )
         )
 
+    def resume(self, checkpointer: Checkpointer, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint of this run, without the parts that are excluded, once."""
+        left_out = set(self.config.checkpoint.exclude) - already_excluded(checkpoint)
+        state = {name: part for name, part in self.state.items() if name not in left_out}
+        own = {name: part for name, part in self.per_rank_state.items() if name not in left_out}
+        checkpointer.load(checkpoint, state, per_rank=own, skip=left_out)
+        self.excluded = already_excluded(checkpoint) | left_out
+        without = f", without {' and '.join(sorted(left_out))}" if left_out else ""
+        self.env.say(f"Resumed from {checkpoint.place}, after step {checkpoint.step}{without}.")
+
+    def start_from(self, origin: Origin) -> None:
+        """Takes over weights, and nothing else."""
+        load_weights(self.model, origin, verify_hashes=self.config.checkpoint.verify_hashes)
+        self.env.say(f"Started from the weights in {origin.place}.")
+
     def run(self, checkpointer: Checkpointer, hooks: Sequence[Hook], interrupt: Interrupt) -> signal.Signals | None:
         """Steps until `training.steps` or an interrupt, saving on the way; returns the signal that has ended it."""
-        total, every = self.config.training.steps, self.config.checkpoint.every
+        total, timer = self.config.training.steps, Timer(self.config.checkpoint)
         started_at, started = self.progress.step, time.perf_counter()
         with interrupt.deferred(), contextlib.closing(self.loader):
-            ended_by = interrupt.decision(self.env.agree(interrupt.votes))  # it may have come while the run started
+            ended_by = self._agree(interrupt.vote).ended_by  # it may have come while the run started
             while ended_by is None and self.progress.step < total:
-                step = self.step(interrupt.votes)
-                ended_by = step.ended_by
+                vote = interrupt.vote._replace(
+                    save=int(self.env.is_main and timer.is_time()), save_failed=int(checkpointer.failed)
+                )
+                step = self.step(vote)
+                ended_by = step.votes.ended_by
                 for hook in hooks:
                     hook.end_step(step)
-                if self.config.checkpoint.enabled and (step.is_last or (every and step.number % every == 0)):
+                if step.votes.save_failed:
+                    checkpointer.wait()  # raises on all ranks
+                kind = due(self.config.checkpoint, step.number, is_last=step.is_last, is_time=step.votes.save > 0)
+                exports = self.config.export.due(step.number, is_last=step.is_last and step.votes.ended_by is None)
+                if kind is not None or exports:
                     self._refuse_divergence(step)
-                    self.save(checkpointer, hooks)
+                    self.save(checkpointer, hooks, permanent=kind == "permanent", exports=exports)
+                    timer.restart()
+            checkpointer.wait()
         if self.progress.step >= total:
             ended_by = None
         steps, seconds = self.progress.step - started_at, time.perf_counter() - started
         self.env.say(report.ending(self.config, self.progress.step, steps, seconds))
         return ended_by
 
-    def step(self, votes: Sequence[int] = (0, 0)) -> Step:
-        """One optimizer step on the next global batch; with `Interrupt.votes` a rank asks all to end with it."""
+    def _agree(self, vote: Votes) -> Votes:
+        return Votes(*self.env.agree(vote))
+
+    def step(self, vote: Votes) -> Step:
+        """One optimizer step on the next global batch; `vote` is what this rank has to say to the others before it."""
         number = self.progress.step + 1
         waiting = time.perf_counter()
         batch = next(self.loader)
         waited = time.perf_counter() - waiting
         # One small exchange carries all that ranks must agree on before the step.
         own_valid = int((batch["labels"] != IGNORED).sum()) if self.env.reads_first else 0
-        valid, *votes = self.env.agree([own_valid, *votes])
-        ended_by = Interrupt.decision(votes)
+        valid, *sums = self.env.agree([own_valid, *vote])
+        votes = Votes(*sums)
 
         loss = self.layout.accumulate(self._inputs(batch, valid), divisor=max(valid, 1))
         grad_norm, lr = update(self.layout, self.optimizer, self.config, number, self.env.stages)
@@ -174,8 +212,8 @@ class Trainer:
         self.progress.advance(tokens)
         return Step(
             number=number,
-            is_last=number >= self.config.training.steps or ended_by is not None,
-            ended_by=ended_by,
+            is_last=number >= self.config.training.steps or votes.ended_by is not None,
+            votes=votes,
             loss=loss,
             grad_norm=grad_norm,
             lr=lr,
@@ -205,17 +243,42 @@ class Trainer:
                 "a lower --optimizer.lr or a longer --schedule.warmup-steps usually helps."
             )
 
-    def save(self, checkpointer: Checkpointer, hooks: Sequence[Hook]) -> None:
-        """Writes a checkpoint of the state after the last step, with all that a model needs to be used alone."""
-        meta = {"fingerprint": fingerprint(self.what), "what": self.what, "tokens": self.progress.tokens}
+    def save(self, checkpointer: Checkpointer, hooks: Sequence[Hook], *, permanent: bool, exports: bool) -> None:
+        """Saves the state after the last step, or begins to, with all that a model needs to be used alone.
+
+        Args:
+            checkpointer: of the run.
+            hooks: have something to remember, and are told what it took.
+            permanent: keep it for good.
+            exports: wait until it is saved, and write its weights in the format that the configuration asks for.
+        """
+        meta: dict[str, Any] = {
+            "fingerprint": fingerprint(self.what),
+            "what": self.what,
+            "tokens": self.progress.tokens,
+            "excluded": sorted(self.excluded),
+        }
         for hook in hooks:
             meta |= hook.checkpoint_meta()
-        files = {"config.json": to_json(self.config).encode(), "model.json": to_json(self.config.model).encode()}
-        folder = checkpointer.save(
-            self.progress.step,
-            self.state,
-            per_rank=self.per_rank_state,
-            meta=meta,
-            files=files | dict(self.dataset.tokenizer.files),
-        )
-        self.env.say(f"Saved {folder}")
+        files = {
+            RUN_CONFIG: to_json(self.config).encode(),
+            model_file.MODEL_FILE: model_file.to_json(self.config.model).encode(),
+        }
+        started, step, tokenizer = time.perf_counter(), self.progress.step, self.dataset.tokenizer
+        contents: dict[str, Any] = {
+            "per_rank": self.per_rank_state,
+            "meta": meta,
+            "files": files | dict(tokenizer.files),
+            "permanent": permanent,
+        }
+        if self.config.checkpoint.asynchronous and not exports:
+            checkpointer.start_save(step, self.state, **contents)
+            self.env.say(f"Saving step {step} to {checkpointer.directory}")
+        else:
+            checkpoint = checkpointer.save(step, self.state, **contents)
+            self.env.say(f"Saved {checkpoint}")
+            if exports:
+                folder = export(self.config, checkpoint, tokenizer=tokenizer.files, eos_id=tokenizer.eos_id)
+                self.env.say(f"Exported {folder}")
+        for hook in hooks:
+            hook.end_save(time.perf_counter() - started)

@@ -6,6 +6,8 @@ import platform
 from titan_core.degrees import Degrees, degree_problems, resolve_degrees
 from titan_core.limits import Shapes, limit_problems
 from titan_core.roles import ROLES
+from titan_models.config import ModelConfigError
+from titan_models.hugging_face import to_hugging_face
 from titan_train.config import TrainConfig
 from titan_train.rows import share_rows
 
@@ -28,6 +30,8 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *config.schedule.problems(),
         *config.metrics.problems(),
         *_role_problems(config),
+        *_checkpoint_problems(config),
+        *_export_problems(config),
         *_expert_problems(config),
         *([] if ranges else _batch_problems(config, world_size)),
     ]
@@ -75,15 +79,32 @@ _RANGES: dict[str, tuple[float, float]] = {
     "training.micro_batch_size": (1, 2**24),
     "training.steps": (1, 2**40),
     "training.seed": (-(2**63), 2**63 - 1),
+    "export.every": (0, 2**40),
+    "export.shard_bytes": (1, 2**60),
     "optimizer.lr": (0, 1e6),
     "optimizer.beta1": (0, 0.999999),
     "optimizer.beta2": (0, 0.9999999),
     "optimizer.eps": (0, 1),
     "optimizer.weight_decay": (0, 1e3),
     "optimizer.max_grad_norm": (0, 1e12),
-    "checkpoint.every": (0, 2**40),
-    "checkpoint.keep_latest": (0, 2**20),
 }
+
+
+def _export_problems(config: TrainConfig) -> list[str]:
+    if config.export.format == "none":
+        return []
+    found = []
+    if not config.checkpoint.enabled:
+        found.append("export.format huggingface is made from checkpoints, and checkpoint.enabled is off; leave it on.")
+    try:
+        to_hugging_face(config.model)
+    except ModelConfigError as error:
+        found.append(f"export.format huggingface: {error}")
+    return found
+
+
+# Parts of a checkpoint that a run can have anew.
+_EXCLUDABLE = ("optimizer", "data", "rng")
 
 
 def _range_problems(config: TrainConfig) -> list[str]:
@@ -93,9 +114,22 @@ def _range_problems(config: TrainConfig) -> list[str]:
         value = getattr(getattr(config, section), field)
         if value is not None and not low <= value <= high:  # which NaN is not either
             found.append(f"{name} is {value}; it must lie between {low:,} and {high:,}.")
-    for name, value in (("data.source", config.data.source), ("output", config.output)):
-        if value == "":
-            found.append(f"{name} is empty; name a place, or leave it out.")
+    places = {
+        "data.source": config.data.source,
+        "output": config.output,
+        "checkpoint.directory": config.checkpoint.directory,
+    }
+    found += [f"{name} is empty; name a place, or leave it out." for name, value in places.items() if value == ""]
+    return found
+
+
+def _checkpoint_problems(config: TrainConfig) -> list[str]:
+    found = config.checkpoint.problems()
+    if wrong := sorted(set(config.checkpoint.exclude) - set(_EXCLUDABLE)):
+        found.append(
+            f"checkpoint.exclude names {', '.join(wrong)}; choose among {', '.join(_EXCLUDABLE)}. (To take nothing but "
+            "the weights, start a new run with --checkpoint.init-from.)"
+        )
     return found
 
 

@@ -1,38 +1,27 @@
 """Converts between a folder in PyTorch's Distributed Checkpoint (DCP) layout and a single `torch.save` file.
 
-Both directions verify what they read as far as that can be done, write under a scratch name, and rename when all
-of it is on the disk. Nothing is unpickled but tensors and JSON values. `torch_to_dcp` maps its source into memory
-and needs little more than its largest tensor; `dcp_to_torch` holds all the tensors it converts at once.
+Both directions verify what they read as far as that can be done, read and write a piece of a tensor at a time, and
+unpickle nothing but tensors and JSON values. Nobody has to know what the tensors belong to; for a model from one format
+into another see `titan_ckpt.translate`.
 """
 
 import contextlib
-import pickle
-import re
-import shutil
-import threading
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, TypeAlias, cast
 
-import torch
-
-from titan_ckpt import dcp
 from titan_ckpt.checkpoint import Checkpoint
-from titan_ckpt.contents import Contents, write_contents
-from titan_ckpt.directory import candidates, is_checkpoint, step_of
+from titan_ckpt.directory import is_checkpoint, step_of
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
-from titan_ckpt.manifest import MANIFEST_NAME, Manifest
-from titan_ckpt.state import check_names, flatten, tensors_only
-from titan_ckpt.storage import HashingFile, discard, publish, scratch, sync_folder
-from titan_ckpt.world import RanksFailedError, World
-
-Progress: TypeAlias = Callable[[str, int, int], object]  # called from any thread
-
-
-def _no_progress(what: str, done: int, total: int) -> None:
-    """The default `Progress`: what is being done, the bytes done, the bytes in all."""
+from titan_ckpt.formats.dcp_folder import files_of_parts, read_dcp
+from titan_ckpt.formats.torch_file import read_torch_file, write_torch_file
+from titan_ckpt.layouts import CheckpointLayout
+from titan_ckpt.manifest import Manifest
+from titan_ckpt.place import Location, Place, place_of
+from titan_ckpt.plan import Counter, Plan, Progress, no_progress, run
+from titan_ckpt.state import check_names
+from titan_ckpt.storage import HashingFile, scratch
+from titan_ckpt.streams import create
+from titan_ckpt.translate import source_fingerprint, verified
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +42,13 @@ class Converted:
 
 
 def dcp_to_torch(
-    src: Path,
-    dst: Path,
+    src: Location,
+    dst: Location,
     *,
     only: str | None = None,
     overwrite: bool = False,
     verify_hashes: bool = True,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> Converted:
     """Writes the tensors of a DCP folder into one file, a flat `dict[str, Tensor]`.
 
@@ -76,37 +65,22 @@ def dcp_to_torch(
     Raises:
         CheckpointError: if `src` is no such folder or is damaged, or `dst` cannot be written; `dst` is as before.
     """
-    if dst.is_dir():
-        raise CheckpointError(f"{dst} is a folder. Give the name of a file, for instance {dst / 'model.pt'}.")
-    if dst.exists() and not overwrite:
-        raise CheckpointError(f"{dst} exists. Give another name, or ask for it to be overwritten.")
-    _check_is_folder(src)
-    with _new_file(dst) as file:
-        manifest = _verified(src, verify_hashes, progress)
-        metadata = dcp.read_metadata(src)
-        if problems := dcp.missing_bytes(src, metadata):
-            raise DamagedCheckpointError(src, problems)
-        entries = dcp.tensor_entries(metadata)
-        others = metadata.state_dict_metadata.keys() - entries.keys()
-        if manifest is not None:
-            others |= Checkpoint(path=src, manifest=manifest).read_values().keys()
-        start = f"{only}." if only else ""
-        tensors = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for key, entry in entries.items()
-            if key.startswith(start)
-        }
-        if not tensors:
-            names = ", ".join(sorted({key.partition(".")[0] for key in entries})) or "none"
-            raise CheckpointError(f"{src} has no tensors under {only!r}. The names that it has: {names}.")
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        try:
-            with _Counter(progress, "reading", size) as counter:
-                dcp.read(src, tensors, metadata, rank=0, progress=counter)
-        except Exception as error:  # what a damaged archive makes torch raise is anybody's guess
-            raise DamagedCheckpointError(src, [f"a tensor cannot be read ({_first_line(error)})"]) from error
-        with _Counter(progress, "writing", size) as file.on_write:
-            torch.save({key.removeprefix(start): tensor for key, tensor in tensors.items()}, cast(IO[bytes], file))
+    source, target = place_of(src), place_of(dst)
+    _check_file(target, overwrite)
+    _check_folder(source)
+    manifest = verified(source, hashes=verify_hashes, progress=progress)
+    collection = read_dcp(source)
+    if collection.problems:
+        raise DamagedCheckpointError(source, collection.problems)
+    others = {*collection.others, *(_values(source, manifest) if manifest else ())}
+    start = f"{only}." if only else ""
+    tensors = {key.removeprefix(start): t for key, t in collection.tensors.items() if key.startswith(start)}
+    if not tensors:
+        names = ", ".join(sorted({key.partition(".")[0] for key in collection.tensors})) or "none"
+        raise CheckpointError(f"{source} has no tensors under {only!r}. The names that it has: {names}.")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with _new_file(target) as file, Counter(progress, "writing", size) as file.on_write:
+        write_torch_file(file, tensors)
     return Converted(
         tensors=len(tensors),
         size=size,
@@ -116,18 +90,18 @@ def dcp_to_torch(
 
 
 def torch_to_dcp(
-    src: Path,
-    dst: Path,
+    src: Location,
+    dst: Location,
     *,
     under: str | None = None,
     overwrite: bool = False,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> Converted:
     """Writes the content of a `torch.save` file as a checkpoint folder, which `Checkpointer.load` takes.
 
     Nested dicts are flattened, their keys joined by dots. JSON values among the leaves are kept in `state.json`;
     anything else is refused, listed by key. The checkpoint's step is that in the name of `dst` if it is `step-N`,
-    else 0.
+    else 0. Interrupted, it can be run again and goes on (see `titan_ckpt.plan`).
 
     Args:
         src: the file; loaded with `weights_only=True`.
@@ -139,140 +113,84 @@ def torch_to_dcp(
     Raises:
         CheckpointError: if `src` is no such file or is damaged, or `dst` cannot be written; `dst` is as before.
     """
-    if dst.exists() and not is_checkpoint(dst):
-        raise CheckpointError(f"{dst} exists and is not a checkpoint. Give another name.")
-    if dst.exists() and not overwrite:
-        raise CheckpointError(f"{dst} exists. Give another name, or ask for it to be overwritten.")
-    with _new_folder(dst) as folder:
-        tree = _load(src)
-        try:
-            check_names({under: tree} if under else {})
-            tree = {under: tree} if under else tree
-            flat = flatten(tree)
-        except ValueError as error:
-            raise CheckpointError(f"{src} cannot be converted. {error}.") from error
-        if not flat.tensors:
-            raise CheckpointError(f"{src} holds no tensors.")
-        size = sum(tensor.nbytes for tensor in flat.tensors.values())
-        contents = Contents(
-            tensors=tensors_only(tree),
-            values=flat.values,
-            state=sorted({key.partition(".")[0] for key in [*flat.tensors, *flat.values]}),
-            per_rank=(),
-        )
-        with _Counter(progress, "writing", size) as counter:
-            write_contents(World(), folder, contents, step=step_of(dst) or 0, meta={}, files={}, on_write=counter)
-    return Converted(tensors=len(flat.tensors), size=size, verified=False, left_out=())
-
-
-def _check_is_folder(src: Path) -> None:
-    if not src.exists():
-        raise CheckpointError(f"{src} does not exist.")
-    if not src.is_dir():
-        raise CheckpointError(f"{src} is a file, and a folder in DCP layout is wanted.")
-    if not is_checkpoint(src):
-        inside = [path.name for path in candidates(src)]
-        hint = f"It contains checkpoints; name one of them: {', '.join(inside)}." if inside else ""
-        raise CheckpointError(f"{src} is no checkpoint: it has no {dcp.METADATA_NAME} file. {hint}".rstrip())
-
-
-def _verified(src: Path, verify_hashes: bool, progress: Progress) -> Manifest | None:
-    """The manifest of a checkpoint of ours, with which its files agree; None for a plain DCP folder."""
-    if not (src / MANIFEST_NAME).exists():
-        return None
-    manifest = Manifest.read(src)
-    with _Counter(progress, "verifying", sum(record.size for record in manifest.files.values())) as counter:
-        problems = manifest.damage(src, hashes=verify_hashes, progress=counter)
-    if problems:
-        raise DamagedCheckpointError(src, problems)
-    return manifest
-
-
-def _load(src: Path) -> Mapping[str, Any]:
-    """The dict in a `torch.save` file, its tensors mapped into memory where the format allows."""
-    if not src.exists():
-        raise CheckpointError(f"{src} does not exist.")
-    if src.is_dir():
-        raise CheckpointError(f"{src} is a folder, and a file that torch.save has written is wanted.")
+    source, target = place_of(src), place_of(dst)
+    _check_is_file(source)
+    collection, values = read_torch_file(source.parent, source.name)
     try:
-        tree = torch.load(src, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(src))
-    except Exception as error:  # what a damaged file makes torch raise is anybody's guess
-        if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
-            raise CheckpointError(
-                f"{src} holds more than tensors: loading it would run {found[1]}. Save the state_dict() alone, in "
-                "the program it comes from, and convert that."
-            ) from error
-        raise CheckpointError(
-            f"{src} cannot be read as a torch.save file; it is damaged or of another kind ({_first_line(error)})."
-        ) from error
-    if not isinstance(tree, Mapping):
-        raise CheckpointError(f"{src} holds a {type(tree).__name__}, and a dict of tensors is wanted.")
-    return tree
-
-
-@contextlib.contextmanager
-def _new_file(dst: Path) -> Iterator[HashingFile]:
-    """A file under a scratch name, which becomes `dst` when the block ends and is removed if it fails."""
-    temporary = scratch(dst, "tmp")
-    try:
-        with HashingFile(temporary) as file:
-            yield file
-        temporary.replace(dst)
-        sync_folder(dst.parent)
-    except OSError as error:
-        raise _unwritable(dst, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _new_folder(dst: Path) -> Iterator[Path]:
-    """A folder under a scratch name, which becomes `dst` when the block ends and is removed if it fails."""
-    temporary = scratch(dst, "tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        replaced = publish(temporary, dst)
-        if replaced is not None:
-            discard(replaced)
-    except (OSError, RanksFailedError) as error:
-        raise _unwritable(dst, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _unwritable(dst: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{dst} could not be written: {error}. Nothing of it remains; choose a place that exists, can be written to "
-        "and has room."
+        check_names({under: collection} if under else {})
+    except ValueError as error:
+        raise CheckpointError(f"{source} cannot be converted. {error}.") from error
+    if not collection.tensors:
+        raise CheckpointError(f"{source} holds no tensors.")
+    start = f"{under}." if under else ""
+    tensors = {f"{start}{key}": tensor for key, tensor in collection.tensors.items()}
+    layout = CheckpointLayout(
+        tensors=tensors,
+        parts=files_of_parts(tensors),
+        under=under,
+        step=step_of(target.name) or 0,
+        values={f"{start}{key}": value for key, value in values.items()},
     )
+    plan = Plan(
+        source=source,
+        destination=target,
+        files=layout.data_files(),
+        layout=layout,
+        fingerprint={**source_fingerprint(collection), "under": under},
+        tensors=len(tensors),
+        nbytes=collection.nbytes,
+    )
+    run(plan, overwrite=overwrite, progress=progress)
+    return Converted(tensors=len(tensors), size=collection.nbytes, verified=False, left_out=())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _values(source: Place, manifest: Manifest) -> tuple[str, ...]:
+    return tuple(Checkpoint(place=source, manifest=manifest).read_values())
 
 
-class _Counter:
-    """Adds up bytes, from any thread, and tells how far one part of a conversion is.
+def _check_folder(source: Place) -> None:
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist.")
+    if source.path is not None and not source.path.is_dir():
+        raise CheckpointError(f"{source} is a file, and a folder in DCP layout is wanted.")
+    if not is_checkpoint(source):
+        inside = [name for name in source.folders() if step_of(name) is not None]
+        hint = f"It contains checkpoints; name one of them: {', '.join(inside)}." if inside else ""
+        raise CheckpointError(f"{source} is no checkpoint: it has no .metadata file. {hint}".rstrip())
 
-    A file has more bytes than its tensors, so that the end of the block and not the sum says when it is done.
-    """
 
-    def __init__(self, progress: Progress, what: str, total: int) -> None:
-        self._progress, self._what, self._total = progress, what, total
-        self._done = 0
-        self._lock = threading.Lock()
+def _check_is_file(source: Place) -> None:
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist.")
+    if source.path is not None and source.path.is_dir():
+        raise CheckpointError(f"{source} is a folder, and a file that torch.save has written is wanted.")
 
-    def __call__(self, size: int) -> None:
-        with self._lock:
-            self._done += size
-            if self._done < self._total:
-                self._progress(self._what, self._done, self._total)
 
-    def __enter__(self) -> "_Counter":
-        return self
+def _check_file(target: Place, overwrite: bool) -> None:
+    if target.path is not None and target.path.is_dir():
+        raise CheckpointError(f"{target} is a folder. Give the name of a file, for instance {target / 'model.pt'}.")
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} exists. Give another name, or ask for it to be overwritten.")
 
-    def __exit__(self, exc_type: object, exc_val: object, exc_tb: object) -> None:
-        if exc_val is None:
-            self._progress(self._what, self._total, self._total)
+
+@contextlib.contextmanager
+def _new_file(target: Place) -> Iterator[HashingFile]:
+    """A file that appears when the block ends: on a disk under a scratch name until then."""
+    path = target.path
+    temporary = scratch(path, "tmp") if path is not None else None
+    try:
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} is no folder")
+        with create(target.parent, target.name if temporary is None else temporary.name) as file:
+            yield file
+        if path is not None and temporary is not None:
+            temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be written: {error}. Nothing of it remains; choose a place that exists, can be "
+            "written to and has room."
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

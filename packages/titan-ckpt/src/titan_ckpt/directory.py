@@ -1,128 +1,133 @@
 """The folders of a run's checkpoint directory: which are ours, which is newest, which may go.
 
-A checkpoint of step N is a folder `step-N`. Beside it may stand scratch folders (see `storage`) that a killed
-run has left, and strangers: everything whose name is not exactly one of ours, which nothing here touches.
-Assumes one writer at a time. Looking never changes anything, so a second process may look while one writes.
+A checkpoint of step N is a folder `step-N`; in an object store, where nothing can be renamed, a later attempt at the
+same step is `step-N.again-<8 hex digits>`, and the later attempt counts. Beside them may stand what a killed run has
+left, under names that say so (see `local_directory` and `remote_directory`), and strangers: everything whose name is
+not exactly one of ours, which nothing here touches. Assumes one writer at a time. Looking never changes anything, so
+other processes may look while one writes.
 """
 
+import abc
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.manifest import MANIFEST_NAME, Manifest
-from titan_ckpt.storage import SCRATCH_PATTERN, discard, scratch
+from titan_ckpt.place import Location, Place, place_of
 
-_STEP = re.compile(r"step-(\d+)")
-_SCRATCH = re.compile(rf"(?P<final>step-\d+)(?:{SCRATCH_PATTERN})+")
+Report = Callable[[str], None]
 
-
-def step_folder(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return directory / f"step-{step}"
+_CHECKPOINT = re.compile(r"step-(?P<step>\d+)(?:\.again-(?P<attempt>[0-9a-f]{8}))?")
 
 
-def step_of(folder: Path) -> int | None:
-    """The step in the name of a checkpoint's folder, be it its own or the `.old-` one; None for other names."""
-    match = _STEP.fullmatch(_final_name(folder, "old") or folder.name)
-    return int(match[1]) if match else None
+def step_name(step: int, attempt: int = 0) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step}.again-{attempt:08x}" if attempt else f"step-{step}"
 
 
-def candidates(directory: Path) -> list[Path]:
-    """Folders that may hold a checkpoint, newest first.
-
-    A folder that was being replaced when the run was killed counts, under its `.old-` name, as long as its
-    replacement is not there.
-    """
-    found = []
-    for path in _folders(directory):
-        replaced = _final_name(path, "old")
-        step = step_of(path)
-        if step is not None and not (replaced and (directory / replaced).exists()):
-            found.append((step, path))
-    return [path for _, path in sorted(found, reverse=True)]
+def attempt_of(name: str) -> tuple[int, int] | None:
+    """The step and the attempt in the name of a checkpoint's folder; None for other names."""
+    match = _CHECKPOINT.fullmatch(name)
+    return (int(match["step"]), int(match["attempt"] or "0", 16)) if match else None
 
 
-def begin(final: Path, report: Callable[[str], None]) -> Path:
-    """Cleans up after a killed run and makes the scratch folder in which a checkpoint is written.
-
-    Raises:
-        CheckpointError: if something that is not a checkpoint has the name that it will get.
-    """
-    directory = final.parent
-    directory.mkdir(parents=True, exist_ok=True)
-    sweep(directory, report)
-    if final.exists() and not is_checkpoint(final):
-        raise CheckpointError(f"{final} is in the way: it is not a checkpoint. Move it elsewhere")
-    temporary = scratch(final, "tmp")
-    temporary.mkdir()
-    return temporary
+def step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint's folder, or of one that was being replaced; None for other names."""
+    found = attempt_of(re.sub(r"\.old-[0-9a-f]{8}$", "", name))
+    return found and found[0]
 
 
-def is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Location) -> bool:
     """Whether a folder was written as a checkpoint, by this package or as plain DCP, whole or not."""
-    return (folder / MANIFEST_NAME).is_file() or (folder / ".metadata").is_file()
+    files = place_of(folder).files()
+    return MANIFEST_NAME in files or ".metadata" in files
 
 
-def sweep(directory: Path, report: Callable[[str], None]) -> None:
-    """Deletes what killed runs have left, and gives a folder that was being replaced its name back."""
-    for path in _folders(directory):
-        replaced = _final_name(path, "old")
-        with _reported(path, report):
-            if replaced and not (directory / replaced).exists():
-                path.rename(directory / replaced)
-            elif _SCRATCH.fullmatch(path.name):
-                discard(path)
+class Directory(abc.ABC):
+    """Where the checkpoints of one run are, and how a folder in it becomes one: all at once.
 
-
-def retire(
-    directory: Path,
-    *,
-    keep_latest: int,
-    published: int,
-    damaged: Collection[str],
-    report: Callable[[str], None],
-) -> None:
-    """Deletes all but the `keep_latest` newest checkpoints up to the one just published; 0 keeps all.
-
-    What is known to be damaged, or has files missing or of a wrong size, neither counts nor goes: it may be
-    wanted for an autopsy, and counting it would cost a whole one. Neither do later steps, which are of a run
-    that went further before this one started.
+    Args:
+        place: the directory; need not exist.
+        report: called with a sentence when tidying fails, which costs space and not a checkpoint.
     """
-    if keep_latest == 0:
-        return
-    whole = [
-        folder
-        for folder in candidates(directory)
-        if (step_of(folder) or 0) <= published and folder.name not in damaged and _looks_whole(folder)
-    ]
-    for folder in whole[keep_latest:]:
-        with _reported(folder, report):
-            discard(folder)
+
+    def __init__(self, place: Place, report: Report) -> None:
+        self.place = place
+        self._report = report
+
+    @abc.abstractmethod
+    def candidates(self) -> list[Place]:
+        """Folders that may hold a checkpoint, newest first."""
+
+    @abc.abstractmethod
+    def begin(self, step: int) -> Place:
+        """Cleans up after a killed run and returns an empty folder to write a checkpoint into.
+
+        Raises:
+            CheckpointError: if something that is not a checkpoint has the name that it will get.
+        """
+
+    @abc.abstractmethod
+    def publish(self, written: Place, step: int) -> Place:
+        """Makes a folder with a manifest the checkpoint of its step, instead of earlier ones; returns where it is."""
+
+    @abc.abstractmethod
+    def abandon(self, written: Place) -> None:
+        """Deletes a folder that is not to become a checkpoint."""
+
+    @abc.abstractmethod
+    def discard(self, folder: Place) -> None:
+        """Deletes a checkpoint; killed at any point, what is left doesn't count as one."""
+
+    @abc.abstractmethod
+    def sweep(self) -> None:
+        """Deletes what killed runs have left."""
+
+    def retire(self, *, keep_latest: int, published: int, damaged: Collection[str]) -> None:
+        """Deletes all but the `keep_latest` newest checkpoints up to the one just published; 0 keeps all.
+
+        What is known to be damaged, or has files missing or of a wrong size, neither counts nor goes: it may be
+        wanted for an autopsy, and counting it would cost a whole one. Neither do permanent ones; nor later steps,
+        which are of a run that went further before this one started.
+        """
+        if keep_latest == 0:
+            return
+        passing = [
+            folder
+            for folder in self.candidates()
+            if (step_of(folder.name) or 0) <= published and folder.name not in damaged and _is_whole_and_passing(folder)
+        ]
+        for folder in passing[keep_latest:]:
+            with self._reported(folder):
+                self.discard(folder)
+
+    @contextlib.contextmanager
+    def _reported(self, folder: Place) -> Iterator[None]:
+        """Tidying that fails costs disk space, not a checkpoint: it is reported, and the run goes on."""
+        try:
+            yield
+        except (OSError, CheckpointError) as error:
+            self._report(f"{folder} could not be tidied up ({error}); delete it by hand.")
 
 
-def _folders(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
-
-
-def _final_name(folder: Path, purpose: str) -> str | None:
-    """The final name of a scratch folder that serves `purpose`; None for any other folder."""
-    match = _SCRATCH.fullmatch(folder.name)
-    return match["final"] if match and match["purpose"] == purpose else None
-
-
-def _looks_whole(folder: Path) -> bool:
+def _is_whole_and_passing(folder: Place) -> bool:
     try:
-        return not Manifest.read(folder).damage(folder, hashes=False)
+        manifest = Manifest.read(folder)
     except CheckpointError:
         return False
+    return not manifest.permanent and not manifest.damage(folder, hashes=False)
 
 
-@contextlib.contextmanager
-def _reported(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Tidying that fails costs disk space, not a checkpoint: it is reported, and the run goes on."""
-    try:
-        yield
-    except OSError as error:
-        report(f"{folder} could not be tidied up ({error}); delete it by hand.")
+def open_directory(location: Location, report: Report = lambda message: None) -> Directory:
+    """The checkpoint directory at a path or URL."""
+    from titan_ckpt.local_directory import LocalDirectory
+    from titan_ckpt.remote_directory import RemoteDirectory
+
+    place = place_of(location)
+    return RemoteDirectory(place, report) if place.path is None else LocalDirectory(place, report)
+
+
+def candidates(location: Location) -> list[Place]:
+    """Folders in a directory that may hold a checkpoint, newest first."""
+    return open_directory(location).candidates()

@@ -1,7 +1,6 @@
 """What can go wrong with a checkpoint, in the words that a user reads."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 
 class CheckpointError(RuntimeError):
@@ -11,7 +10,6 @@ class CheckpointError(RuntimeError):
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not what was written; `problems` has one sentence for each file concerned."""
 
-    def __init__(self, path: Path, problems: Sequence[str]) -> None:
-        self.path = path
+    def __init__(self, folder: object, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        super().__init__(f"The checkpoint {path} is damaged: {'; '.join(self.problems)}.")
+        super().__init__(f"The checkpoint {folder} is damaged: {'; '.join(self.problems)}.")

@@ -7,15 +7,17 @@ files lie beside it, under the names it gives (POSIX paths relative to its folde
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
+from titan_ckpt.place import Location, Place, place_of
+from titan_ckpt.storage import FileRecord
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
@@ -23,17 +25,6 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 
 _READING_THREADS = 8  # more than one so that disks with queues and network file systems are kept busy
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What is known of one file."""
-
-    size: int
-    """Bytes."""
-
-    sha256: str
-    """Hexadecimal digest, taken while the bytes were written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +52,9 @@ class Manifest:
     files: Mapping[str, FileRecord]
     """Every file of the checkpoint but the manifest itself."""
 
+    permanent: bool = False
+    """Whether no later save may retire it."""
+
     def to_bytes(self) -> bytes:
         """The text of `manifest.json`."""
         body: dict[str, Any] = {
@@ -72,7 +66,7 @@ class Manifest:
         return json.dumps({**body, "sha256": _digest(body)}, indent=2).encode()
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Location) -> "Manifest":
         """Reads `manifest.json` in a folder.
 
         Raises:
@@ -80,7 +74,7 @@ class Manifest:
             CheckpointError: if a later version of this package wrote it.
         """
         try:
-            body = json.loads((folder / MANIFEST_NAME).read_bytes())
+            body = json.loads(place_of(folder).read(MANIFEST_NAME))
         except FileNotFoundError:
             raise DamagedCheckpointError(folder, [f"{MANIFEST_NAME} is missing"]) from None
         except (OSError, ValueError) as error:
@@ -99,12 +93,13 @@ class Manifest:
             per_rank=tuple(body["per_rank"]),
             meta=body["meta"],
             versions=body["versions"],
+            permanent=body["permanent"],
             files={name: FileRecord(**record) for name, record in body["files"].items()},
         )
 
     def damage(
         self,
-        folder: Path,
+        folder: Location,
         *,
         hashes: bool,
         names: Iterable[str] | None = None,
@@ -118,9 +113,11 @@ class Manifest:
             names: the files to look at; all of them if None.
             progress: called with the bytes of each file that has been looked at, from several threads.
         """
+        place = place_of(folder)
+        sizes = place.files()
 
         def problem(name: str) -> str | None:
-            found = _file_damage(folder / name, self.files[name], hashes)
+            found = _file_damage(place, name, sizes.get(name), self.files[name], hashes)
             progress(self.files[name].size)
             return found and f"{name} {found}"
 
@@ -128,19 +125,21 @@ class Manifest:
             return [found for found in threads.map(problem, self.files if names is None else names) if found]
 
 
-def _file_damage(path: Path, record: FileRecord, hashes: bool) -> str | None:
+def _file_damage(place: Place, name: str, size: int | None, record: FileRecord, hashes: bool) -> str | None:
+    if size is None:
+        return "is missing"
+    if size != record.size:
+        return f"has {size:,} bytes instead of {record.size:,}"
+    if not hashes:
+        return None
     try:
-        size = path.stat().st_size
-        if size != record.size:
-            return f"has {size:,} bytes instead of {record.size:,}"
-        if hashes:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
-                    return "has other bytes than were written (its SHA-256 differs)"
+        with place.open(name) as file:
+            if hashlib.file_digest(cast(io.BytesIO, file), "sha256").hexdigest() != record.sha256:
+                return "has other bytes than were written (its SHA-256 differs)"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"cannot be read ({error.strerror or error})"
     return None
 
 

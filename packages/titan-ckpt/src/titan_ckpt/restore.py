@@ -34,11 +34,11 @@ def restore(
     def prepare() -> tuple[dict[str, Any], Flat, "Metadata", dict[str, Any]]:
         check_names(state, per_rank)
         trees = {name: part.state_dict() for name, part in state.items()} | own_trees(world.rank, per_rank)
-        return trees, flatten(trees), dcp.read_metadata(checkpoint.path), checkpoint.read_values()
+        return trees, flatten(trees), dcp.read_metadata(checkpoint.place), checkpoint.read_values()
 
     trees, flat, metadata, values = world.together(prepare)
     _compare(world, checkpoint, flat, dcp.tensor_entries(metadata), values, skip)
-    world.together(lambda: dcp.read(checkpoint.path, flat.tensors, metadata, world.rank))
+    world.together(lambda: dcp.read(checkpoint.place, flat.tensors, metadata))
 
     def hand_over() -> None:
         for name, part in state.items():
@@ -92,7 +92,7 @@ def _compare(
     ]
     if differences:
         raise CheckpointError(
-            f"The checkpoint {checkpoint.path} does not fit, and nothing was restored. {' '.join(differences)} Give "
+            f"The checkpoint {checkpoint.place} does not fit, and nothing was restored. {' '.join(differences)} Give "
             "the objects that were saved, of the same structure, and name those to leave out in `skip`."
         )
 

@@ -8,45 +8,73 @@ it is complete. Two more scratch names exist for an instant: `.old-…` is a who
 (a folder cannot be renamed over another in one step), `.del-…` is one that is being deleted.
 """
 
+import errno
+import fcntl
 import hashlib
 import io
+import mmap
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-
-from titan_ckpt.manifest import FileRecord
+from typing import Any, Literal, Protocol
 
 _HEX = "[0-9a-f]{8}"
 SCRATCH_PATTERN = rf"\.(?P<purpose>tmp|old|del)-{_HEX}"
 
 _HASH_ASIDE_BYTES = 1 << 20  # below this, handing the bytes to another thread costs more than hashing them
-_SYNC_EVERY_BYTES = 1 << 26  # large enough for a disk to reach its speed, small beside a checkpoint
+_BUFFER_BYTES = 1 << 23  # large enough for a disk to reach its speed, small enough to stay in a cache
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What is known of one file."""
+
+    size: int
+    """Bytes."""
+
+    sha256: str
+    """Hexadecimal digest, taken while the bytes were written."""
+
+
+class Output(Protocol):
+    """Where the bytes of a new file go."""
+
+    name: str
+
+    def write(self, view: memoryview, /) -> int:
+        """Takes some of the bytes, not necessarily all, and returns how many."""
+        ...
+
+    def finish(self) -> None:
+        """Returns when the file is there and would survive a power cut."""
+        ...
+
+    def abandon(self) -> None:
+        """Gives up; nobody will want what has been written."""
+        ...
 
 
 class HashingFile(io.RawIOBase):
-    """A new file that takes the SHA-256 of the bytes it is given and is on the disk once it is closed.
+    """A new file that takes the SHA-256 of the bytes it is given; made by `Place.create`.
 
-    Large writes are hashed in a second thread while they are written, and a third sends to the disk what has been
-    written so far, so that little is left to wait for at the end. Used as a context manager it closes the file,
-    or abandons it if the block raises; if a write had failed, that is the error that is seen, whatever the code
-    in between has made of it.
+    Large writes are hashed in a second thread while they are written. Used as a context manager it closes the file,
+    or abandons it if the block raises; if a write had failed, that is the error that is seen, whatever the code in
+    between has made of it.
     """
 
-    def __init__(self, path: Path, on_write: Callable[[int], object] = lambda size: None) -> None:
+    def __init__(self, output: Output, on_write: Callable[[int], object] = lambda size: None) -> None:
         super().__init__()
         self.on_write = on_write
         """Called after each write with its bytes."""
-        self._file = path.open("xb", buffering=0)
+        self._output = output
         self._hash = hashlib.sha256()
-        self._threads = ThreadPoolExecutor(2)
-        self._syncing: Future[None] | None = None
-        self._sync_at = _SYNC_EVERY_BYTES
+        self._hasher = ThreadPoolExecutor(1)
         self._size = 0
         self._failure: OSError | None = None
 
@@ -62,7 +90,7 @@ class HashingFile(io.RawIOBase):
             self._hash.update(view)
             self._write(view)
         else:
-            hashing = self._threads.submit(self._hash.update, view)
+            hashing = self._hasher.submit(self._hash.update, view)
             try:
                 self._write(view)
             finally:
@@ -73,22 +101,18 @@ class HashingFile(io.RawIOBase):
     def _write(self, view: memoryview) -> None:
         try:
             while view:
-                written = self._file.write(view)
+                written = self._output.write(view)
                 self._size += written
                 view = view[written:]
-            if self._size >= self._sync_at and (self._syncing is None or self._syncing.done()):
-                self._sync_at = self._size + _SYNC_EVERY_BYTES
-                self._wait_for_sync()
-                self._syncing = self._threads.submit(os.fsync, self._file.fileno())
         except OSError as error:
-            error.filename = error.filename or self._file.name
-            self._failure = error
+            self._failure = self._named(error)
             raise
 
-    def _wait_for_sync(self) -> None:
-        """Sees the errors of the last sync too: the system tells each of them only once."""
-        if self._syncing is not None:
-            self._syncing.result()
+    def _named(self, error: OSError) -> OSError:
+        """Of the errors that a write or a sync raises the system doesn't say to which file it belongs."""
+        if error.errno is not None and error.filename is None:
+            error.filename = self._output.name
+        return error
 
     def tell(self) -> int:
         """Bytes written."""
@@ -99,17 +123,18 @@ class HashingFile(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        """Waits until the bytes are on the disk; closing twice is harmless."""
+        """Waits until the file is durable; closing twice is harmless."""
         if not self.closed:
             try:
-                self._wait_for_sync()
-                os.fsync(self._file.fileno())
+                self._output.finish()
+            except OSError as error:
+                self._named(error)
+                raise
             finally:
                 self._release()
 
     def _release(self) -> None:
-        self._threads.shutdown()
-        self._file.close()
+        self._hasher.shutdown()
         super().close()
 
     def __enter__(self) -> "HashingFile":
@@ -125,17 +150,73 @@ class HashingFile(io.RawIOBase):
             self.close()
             return
         if not self.closed:
+            self._output.abandon()
             self._release()
         if self._failure is not None and exc_val is not self._failure:
             raise self._failure
 
 
-def write_file(path: Path, content: bytes) -> FileRecord:
-    """Writes a new file, making the folders it needs, and returns its record once it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with HashingFile(path) as file:
-        file.write(content)
-    return file.record
+class LocalOutput:
+    """A new file on a disk, written around the page cache where the file system allows that.
+
+    So a checkpoint does not push out what the run reads, costs no copy into new pages, and leaves nothing to wait
+    for at the end. It takes blocks that are aligned in memory and in the file: bytes are collected in a buffer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._direct = self._set_direct(True)
+        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)  # aligned to pages
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+
+    def _set_direct(self, wanted: bool) -> bool:
+        """Asks the file system; returns what it does now."""
+        flag = getattr(os, "O_DIRECT", 0)  # Linux has it
+        others = fcntl.fcntl(self._file, fcntl.F_GETFL) & ~flag
+        try:
+            fcntl.fcntl(self._file, fcntl.F_SETFL, others | flag if wanted else others)
+        except OSError:
+            return False
+        return wanted and flag != 0
+
+    def write(self, view: memoryview, /) -> int:
+        """Takes some of the bytes."""
+        taken = min(len(view), _BUFFER_BYTES - self._filled)
+        self._view[self._filled : self._filled + taken] = view[:taken]
+        self._filled += taken
+        if self._filled == _BUFFER_BYTES:
+            self._flush()
+        return taken
+
+    def _flush(self) -> None:
+        done = 0
+        while done < self._filled:
+            try:
+                done += os.write(self._file, self._view[done : self._filled])
+            except OSError as error:
+                # Larger blocks than ours are asked for, or the last write was cut where it isn't aligned.
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._direct = self._set_direct(False)
+        self._filled = 0
+
+    def finish(self) -> None:
+        """Waits until all bytes are on the disk."""
+        try:
+            if self._direct:
+                self._direct = self._set_direct(False)  # the rest is no whole number of blocks
+            self._flush()
+            os.fsync(self._file)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Leaves the file as it is."""
+        self._view.release()
+        self._buffer.close()
+        os.close(self._file)
 
 
 def scratch(final: Path, purpose: Literal["tmp", "old", "del"]) -> Path:

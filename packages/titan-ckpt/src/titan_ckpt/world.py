@@ -1,11 +1,12 @@
 """What the ranks agree on: every rank learns of every failure, and what rank 0 finds is what all go by.
 
-Works alike in one process without a process group and in any torch.distributed world, over its default group.
+Works alike in one process without a process group and in any torch.distributed world, over its default group or over
+another one of the same ranks.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch.distributed as dist
@@ -29,19 +30,24 @@ class RanksFailedError(RuntimeError):
 
 
 class World:
-    """The ranks that call together; every method is called by all of them, in the same order."""
+    """The ranks that call together; every method is called by all of them, in the same order.
 
-    def __init__(self) -> None:
-        self._distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self._distributed else 0
-        self.size = dist.get_world_size() if self._distributed else 1
+    Args:
+        group: a group of all ranks to talk over, so that another thread may use the default one meanwhile.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self._group = group
+        self.rank = dist.get_rank() if distributed else 0
+        self.size = dist.get_world_size() if distributed else 1
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[T | None] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self._group)
         return cast(list[T], values)
 
     def gather_distinct(self, value: T) -> list[T]:
@@ -51,6 +57,30 @@ class World:
         firsts = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
         values = self.gather(value if firsts[digest] == self.rank else None)
         return [cast(T, values[rank]) for rank in sorted(firsts.values())]
+
+    def gather_first(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on rank 0; nothing on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self._group, group_dst=0)
+        return cast(list[T], values or [])
+
+    def deal(self, action: Callable[[], Sequence[T]]) -> T:
+        """Calls `action` on rank 0 and gives each rank its own of the results, of which there is one a rank.
+
+        Raises:
+            RanksFailedError: on every rank, if `action` raised.
+        """
+        results, error = _attempt(action) if self.rank == 0 else (None, None)
+        own: list[tuple[T | None, str | None]] = [(results[0] if results else None, _described(error))]
+        if self.size > 1:
+            parts = [(part, _described(error)) for part in results or [None] * self.size] if self.rank == 0 else None
+            dist.scatter_object_list(own, parts, group=self._group, group_src=0)
+        ((result, failure),) = own
+        if failure is not None:
+            raise RanksFailedError({0: failure}, self.size) from error
+        return cast(T, result)
 
     def together(self, action: Callable[[], T]) -> T:
         """Calls `action` on every rank and returns this rank's result.
@@ -74,7 +104,7 @@ class World:
         result, error = _attempt(action) if self.rank == 0 else (None, None)
         answer = [(result, _described(error))]
         if self.size > 1:
-            dist.broadcast_object_list(answer, src=0)
+            dist.broadcast_object_list(answer, group=self._group, group_src=0)
         result, failure = answer[0]
         if failure is not None:
             raise RanksFailedError({0: failure}, self.size) from error

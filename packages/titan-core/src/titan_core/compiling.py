@@ -20,11 +20,7 @@ def compile_blocks(model: nn.Module, roles: Mapping[str, str], config: CompileCo
     """
     if not config.enabled:
         return
-    known = torch.compiler.list_backends(exclude_tags=())
-    if isinstance(config.backend, str) and config.backend not in known:
-        raise CompileError(
-            f"compile.backend {config.backend!r} is unknown to this torch; use one of {', '.join(known)}."
-        )
+    check_backend(config)
     if remat.mode == "budget":
         # Read when a region is compiled, which is at its first call and again when shapes change.
         from titan_core.compat import set_activation_budget
@@ -37,3 +33,13 @@ def compile_blocks(model: nn.Module, roles: Mapping[str, str], config: CompileCo
     for fqn, role in roles.items():
         if role == "block":
             specialise(model.get_submodule(fqn), ("compile", config), members)
+
+
+def check_backend(config: CompileConfig) -> None:
+    """Raises CompileError if this torch has no such compiler; which it has depends on what is installed."""
+    known = torch.compiler.list_backends(exclude_tags=())
+    if config.enabled and isinstance(config.backend, str) and config.backend not in known:
+        useful = [name for name in known if not name.endswith("TESTING_ONLY")]
+        raise CompileError(
+            f"compile.backend {config.backend!r} is unknown to this torch; use one of {', '.join(useful)}."
+        )

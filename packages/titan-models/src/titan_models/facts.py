@@ -47,6 +47,20 @@ def _feed_forward_shapes(name: str, dim: int, hidden_dim: int) -> dict[str, tupl
     return {f"{name}.w1.weight": inward, f"{name}.w3.weight": inward, f"{name}.w2.weight": outward}
 
 
+def state_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """FQN -> shape of every tensor in the model's state dict, without further names of the same tensor."""
+    shapes = parameter_shapes(config)
+    if config.moe is not None and config.moe.bias_update_rate:
+        layers = (layer for layer in range(config.layers) if config.has_experts(layer))
+        shapes |= {f"layers.{layer}.moe.router.bias": (config.moe.experts,) for layer in layers}
+    return shapes
+
+
+def shared_names(config: DecoderConfig) -> dict[str, str]:
+    """FQN -> the FQN in `state_shapes` of the tensor that it is a further name of."""
+    return {"lm_head.weight": "tok_embeddings.weight"} if config.tie_embeddings else {}
+
+
 def parameter_count(config: DecoderConfig) -> int:
     """Number of parameters; a shared weight counts once."""
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())

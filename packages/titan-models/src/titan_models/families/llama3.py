@@ -75,8 +75,10 @@ PRESETS: Mapping[str, Llama3Config] = {
 }
 
 # Native parameter name -> the name in Hugging Face's LlamaForCausalLM; `*` stands for the block's number. The
-# native rotary layout is Hugging Face's, so the weights move unchanged.
-HUGGING_FACE_KEYS: Mapping[str, str] = {
+# native rotary layout is Hugging Face's, so the weights move unchanged. The words behind a name are those of
+# `titan_ckpt.keymap`: "untied" is absent where the head is the embedding, "rotary" has the rows of each head in pairs,
+# "split" is the dimension that model parallelism cuts.
+HUGGING_FACE_KEYS: Mapping[str, str | tuple[str, ...]] = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
     "layers.*.attention.wq.weight": "model.layers.*.self_attn.q_proj.weight",
@@ -88,5 +90,65 @@ HUGGING_FACE_KEYS: Mapping[str, str] = {
     "layers.*.feed_forward.w3.weight": "model.layers.*.mlp.up_proj.weight",
     "layers.*.feed_forward.w2.weight": "model.layers.*.mlp.down_proj.weight",
     "norm.weight": "model.norm.weight",
+    "lm_head.weight": ("lm_head.weight", "untied"),
+}
+
+# -> the name in Meta's releases (`consolidated.NN.pth`).
+META_KEYS: Mapping[str, str | tuple[str, ...]] = {
+    "tok_embeddings.weight": ("tok_embeddings.weight", "split 0"),
+    "layers.*.attention_norm.weight": "layers.*.attention_norm.weight",
+    "layers.*.attention.wq.weight": ("layers.*.attention.wq.weight", "rotary", "split 0"),
+    "layers.*.attention.wk.weight": ("layers.*.attention.wk.weight", "rotary", "split 0"),
+    "layers.*.attention.wv.weight": ("layers.*.attention.wv.weight", "split 0"),
+    "layers.*.attention.wo.weight": ("layers.*.attention.wo.weight", "split 1"),
+    "layers.*.ffn_norm.weight": "layers.*.ffn_norm.weight",
+    "layers.*.feed_forward.w1.weight": ("layers.*.feed_forward.w1.weight", "split 0"),
+    "layers.*.feed_forward.w3.weight": ("layers.*.feed_forward.w3.weight", "split 0"),
+    "layers.*.feed_forward.w2.weight": ("layers.*.feed_forward.w2.weight", "split 1"),
+    "norm.weight": "norm.weight",
+    "lm_head.weight": ("output.weight", "split 0"),
+}
+
+# -> the name in a DCP checkpoint of torchtitan 0.3, which has no object above the model.
+TORCHTITAN_KEYS: Mapping[str, str | tuple[str, ...]] = {
+    "tok_embeddings.weight": "tok_embeddings.weight",
+    "layers.*.attention_norm.weight": "layers.*.attention_norm.weight",
+    "layers.*.attention.wq.weight": ("layers.*.attention.qkv_linear.wq.weight", "rotary"),
+    "layers.*.attention.wk.weight": ("layers.*.attention.qkv_linear.wk.weight", "rotary"),
+    "layers.*.attention.wv.weight": "layers.*.attention.qkv_linear.wv.weight",
+    "layers.*.attention.wo.weight": "layers.*.attention.wo.weight",
+    "layers.*.ffn_norm.weight": "layers.*.ffn_norm.weight",
+    "layers.*.feed_forward.w1.weight": "layers.*.feed_forward.w1.weight",
+    "layers.*.feed_forward.w3.weight": "layers.*.feed_forward.w3.weight",
+    "layers.*.feed_forward.w2.weight": "layers.*.feed_forward.w2.weight",
+    "norm.weight": "norm.weight",
     "lm_head.weight": "lm_head.weight",
 }
+
+# -> the name in a checkpoint of torchtune 0.6, in DCP under the object `model`.
+TORCHTUNE_KEYS: Mapping[str, str | tuple[str, ...]] = {
+    "tok_embeddings.weight": "tok_embeddings.weight",
+    "layers.*.attention_norm.weight": "layers.*.sa_norm.scale",
+    "layers.*.attention.wq.weight": ("layers.*.attn.q_proj.weight", "rotary"),
+    "layers.*.attention.wk.weight": ("layers.*.attn.k_proj.weight", "rotary"),
+    "layers.*.attention.wv.weight": "layers.*.attn.v_proj.weight",
+    "layers.*.attention.wo.weight": "layers.*.attn.output_proj.weight",
+    "layers.*.ffn_norm.weight": "layers.*.mlp_norm.scale",
+    "layers.*.feed_forward.w1.weight": "layers.*.mlp.w1.weight",
+    "layers.*.feed_forward.w3.weight": "layers.*.mlp.w3.weight",
+    "layers.*.feed_forward.w2.weight": "layers.*.mlp.w2.weight",
+    "norm.weight": "norm.scale",
+    "lm_head.weight": ("output.weight", "untied"),
+}
+
+KEYS: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {
+    "hf": HUGGING_FACE_KEYS,
+    "meta": META_KEYS,
+    "torchtitan": TORCHTITAN_KEYS,
+    # Before version 0.3 torchtitan had Meta's names.
+    "torchtitan-0.2": META_KEYS,
+    "torchtune": TORCHTUNE_KEYS,
+}
+
+# Foreign names of what follows from the configuration, which some checkpoints hold nevertheless.
+DERIVED = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "rope.freqs", "freqs_cis")

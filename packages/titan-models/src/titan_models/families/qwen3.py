@@ -64,7 +64,7 @@ PRESETS: Mapping[str, Qwen3Config] = {
 # Native parameter name -> the name in published checkpoints of Qwen3ForCausalLM and Qwen3MoeForCausalLM; the first `*`
 # stands for the block's number. A second `*` stands for an expert's number: the native tensor is the stack of those
 # tensors, in the order of the experts. Nothing is transposed, and the native rotary layout is Hugging Face's.
-HUGGING_FACE_KEYS: Mapping[str, str] = {
+HUGGING_FACE_KEYS: Mapping[str, str | tuple[str, ...]] = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
     "layers.*.attention.wq.weight": "model.layers.*.self_attn.q_proj.weight",
@@ -82,5 +82,33 @@ HUGGING_FACE_KEYS: Mapping[str, str] = {
     "layers.*.moe.experts.w3": "model.layers.*.mlp.experts.*.up_proj.weight",
     "layers.*.moe.experts.w2": "model.layers.*.mlp.experts.*.down_proj.weight",
     "norm.weight": "model.norm.weight",
+    "lm_head.weight": ("lm_head.weight", "untied"),
+}
+
+# -> the name in a DCP checkpoint of torchtitan 0.3, which has no object above the model. Its rotary layout of Qwen3 is
+# Hugging Face's, and so ours; experts are stacked as here.
+TORCHTITAN_KEYS: Mapping[str, str | tuple[str, ...]] = {
+    "tok_embeddings.weight": "tok_embeddings.weight",
+    "layers.*.attention_norm.weight": "layers.*.attention_norm.weight",
+    "layers.*.attention.wq.weight": "layers.*.attention.qkv_linear.wq.weight",
+    "layers.*.attention.wk.weight": "layers.*.attention.qkv_linear.wk.weight",
+    "layers.*.attention.wv.weight": "layers.*.attention.qkv_linear.wv.weight",
+    "layers.*.attention.wo.weight": "layers.*.attention.wo.weight",
+    "layers.*.attention.q_norm.weight": "layers.*.attention.q_norm.weight",
+    "layers.*.attention.k_norm.weight": "layers.*.attention.k_norm.weight",
+    "layers.*.ffn_norm.weight": "layers.*.ffn_norm.weight",
+    "layers.*.feed_forward.w1.weight": "layers.*.feed_forward.w1.weight",
+    "layers.*.feed_forward.w3.weight": "layers.*.feed_forward.w3.weight",
+    "layers.*.feed_forward.w2.weight": "layers.*.feed_forward.w2.weight",
+    "layers.*.moe.router.gate.weight": "layers.*.moe.router.gate.weight",
+    "layers.*.moe.experts.w1": "layers.*.moe.routed_experts.inner_experts.w1_EFD",
+    "layers.*.moe.experts.w3": "layers.*.moe.routed_experts.inner_experts.w3_EFD",
+    "layers.*.moe.experts.w2": "layers.*.moe.routed_experts.inner_experts.w2_EDF",
+    "norm.weight": "norm.weight",
     "lm_head.weight": "lm_head.weight",
 }
+
+KEYS: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {"hf": HUGGING_FACE_KEYS, "torchtitan": TORCHTITAN_KEYS}
+
+# Foreign names of what follows from the configuration or from training, which some checkpoints hold nevertheless.
+DERIVED = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")

@@ -1,0 +1,69 @@
+"""Fills a laid-out model with the weights of an `Origin`: each rank reads the rows it owns, a few at a time."""
+
+import importlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from titan_ckpt.checkpoint import open_checkpoint
+from titan_ckpt.keymap import ModelFacts
+from titan_ckpt.lazy import LazyTensor
+from titan_ckpt.plan import UnfitSourceError
+from titan_ckpt.translate import Native, from_dcp, from_hugging_face
+from titan_core.shards import local, owned
+from titan_models.config import DecoderConfig
+from titan_models.facts import shared_names, state_shapes
+from titan_train.origin import Origin
+
+
+def load_weights(model: nn.Module, origin: Origin, *, verify_hashes: bool = True) -> None:
+    """Reads the parameters, and the buffers that are there too; called by all ranks.
+
+    Args:
+        model: on whatever layout; a pipeline's part has some of the parameters.
+        origin: of the same model.
+        verify_hashes: compare the SHA-256 of a checkpoint's files first, to which ranks read a share each.
+
+    Raises:
+        CheckpointError: if files are damaged, or names or shapes do not fit; all are listed, and nothing has changed.
+    """
+    if origin.is_checkpoint:
+        open_checkpoint(origin.place, verify_hashes=verify_hashes)
+    weights = _native(origin)
+    if weights.problems:
+        raise UnfitSourceError(origin.place, weights.problems)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in weights.mapped.tensors:
+            _fill(tensor, weights.mapped.tensors[name])
+
+
+def facts_of(config: DecoderConfig) -> ModelFacts:
+    """What a conversion has to know of a model."""
+    return ModelFacts(shapes=state_shapes(config), shared=shared_names(config), head_dim=config.head_dim)
+
+
+def hugging_face_keys(config: DecoderConfig) -> Mapping[str, str | tuple[str, ...]]:
+    """The names that Hugging Face gives the weights of the model's family."""
+    return importlib.import_module(type(config).__module__).KEYS["hf"]
+
+
+def _native(origin: Origin) -> Native:
+    facts = facts_of(origin.model)
+    if origin.is_checkpoint:
+        return from_dcp(origin.place, None, facts)
+    derived = importlib.import_module(type(origin.model).__module__).DERIVED
+    return from_hugging_face(origin.place, hugging_face_keys(origin.model), facts, derived)
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, weights: LazyTensor) -> None:
+    part, target = owned(tensor), local(tensor)
+    if not part:
+        target.copy_(weights.all())
+        return
+    rows = part[0]
+    for start, stop in weights.pieces():
+        first, last = max(start, rows.start), min(stop, rows.stop)
+        if first < last:
+            target[first - rows.start : last - rows.start].copy_(weights.read(first, last)[(slice(None), *part[1:])])
