@@ -22,7 +22,7 @@ FOLDERS = {name: ROOT / "packages" / name for name in PACKAGES} | {
     name: ROOT / "apps" / name.removeprefix("titan-") for name in APPS
 }
 # The packages that an app is built from; a package stands alone.
-NEEDS = {"titan-train": PACKAGES, "titan-convert": ("titan-ckpt",)}
+NEEDS = {"titan-train": PACKAGES, "titan-convert": ("titan-ckpt", "titan-models")}
 
 # What has code of its own for a GPU; the others are the same on any device.
 WITH_GPU_TESTS = ("titan-core", "titan-models", "titan-metrics", "titan-train")

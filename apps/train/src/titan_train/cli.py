@@ -131,9 +131,6 @@ def _supposed_world_size(chosen: argparse.Namespace) -> int:
 
 
 def _rehearsed(config: TrainConfig, world_size: int, chosen: argparse.Namespace) -> str:
-    from titan_core.compiling import check_backend
-
-    check_backend(config.compile)
     texts = []
     if chosen.explain:
         from titan_train.explain import explanation_text
