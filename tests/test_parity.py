@@ -99,6 +99,8 @@ BLOCKS = [
     ("dense", "fsdp 2", {"remat": SELECTIVE}),
     ("dense", "fsdp 2 x tp 2", {"remat": FULL}),
     ("dense", "fsdp 2 x cp 2, ring", {"remat": SELECTIVE}),
+    ("dense", "fsdp 2 x cp 2, allgather", {"remat": SELECTIVE}),
+    ("dense", "tp 2, whole sequences", {"remat": SELECTIVE}),
     ("dense", "pp 2, ZBVZeroBubble", {"remat": FULL}),
     ("dense", "pp 2 x tp 2", {"remat": SELECTIVE}),
     ("mixture", "ep 2 x tp 2", {"remat": FULL}),

@@ -17,9 +17,23 @@ def test_dp_shard_takes_what_is_left():
     [
         (ParallelConfig(tp=3), 4, r"parallel\.tp 3 does not divide the 4 ranks; use one of \[1, 2, 4\]"),
         (ParallelConfig(dp_shard=3), 4, r"parallel\.dp_shard 3 does not divide the 4 ranks"),
-        (ParallelConfig(dp_shard=2), 4, r"dp_shard 2 = 2 ranks, but 4 were started; start 2 ranks"),
-        (ParallelConfig(dp_shard=1), 2, r"all degrees 1 = 1 ranks, but 2 were started"),
-        (ParallelConfig(dp_replicate=2, dp_shard=4), 4, r"dp_replicate 2 x dp_shard 4 = 8 ranks, but 4 were started"),
+        (
+            ParallelConfig(dp_shard=2),
+            4,
+            r"dp_shard 2 is a layout for 2 ranks, not for 4 ranks; set parallel\.dp_shard to -1",
+        ),
+        (
+            ParallelConfig(dp_shard=1),
+            8,
+            r"all degrees 1 is a layout for 1 rank, not for 8 ranks.*or use 1 rank \(torchrun",
+        ),
+        (
+            ParallelConfig(dp_replicate=2, dp_shard=4),
+            4,
+            r"dp_replicate 2 x dp_shard 4 is a layout for 8 ranks, not for 4 ranks; set",
+        ),
+        # What is left would be nothing whole.
+        (ParallelConfig(dp_replicate=4, tp=4, dp_shard=1), 8, r"for 16 ranks, not for 8 ranks; lower a degree, or use"),
         (ParallelConfig(dp_shard=0), 4, r"parallel\.dp_shard is 0; it must be -1 \(what is left\) or at least 1"),
         (ParallelConfig(pp=-2), 4, r"parallel\.pp is -2; it must be at least 1"),
         (ParallelConfig(pp=2, ep=4), 4, r"parallel\.ep 4 does not divide the 2 ranks of dp_shard x cp x tp.*\[1, 2\]"),

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from titan_core.explain import Axis, Explanation, Parameters, RoleTreatment, Stage, View
-from titan_core.explain_text import human, render
+from titan_core.explain_text import human, render, terminal_width, wrap
 from titan_core.timeline import play
 from titan_core.traffic import Flow
 
@@ -54,14 +56,14 @@ roles
     layers.*.norm.weight (2 equal)  [16] [fsdp: S(0)] -> [2] float32 a rank
 
 pipeline stages
-  stage 0 on rank 0: embed, layers.0 to 1, 60.0% of the cost, 1,000 parameters
-  stage 1 on rank 1: layers.2, norm, 40.0% of the cost, 10 parameters
+  stage 0 on pp rank 0 (ranks 0-7): embed, layers.0 to 1, 60.0% of the cost, 1,000 parameters
+  stage 1 on pp rank 1 (ranks 8-15): layers.2, norm, 40.0% of the cost, 10 parameters
 
 pipeline schedule
   bubble 50.0%: the share of time in which ranks wait
   (if a backward takes two forwards, all stages cost the same, and sending costs nothing)
-  rank 0 F0 .. .. .. B0 --
-  rank 1 .. F0 B0 -- .. ..
+  pp rank 0 F0 .. .. .. B0 --
+  pp rank 1 .. F0 B0 -- .. ..
 
 collectives a step
   of rank 8; bytes are those it sends to others and receives from them around a ring
@@ -73,6 +75,66 @@ collectives a step
 
 def test_an_explanation_reads_as_sections():
     assert render(EXPLANATION) == TEXT
+
+
+NARROW = """\
+mesh
+  16 ranks; neighbours as rank 8 has them
+  dense: pp 2 x dp_replicate 1 x fsdp 8
+    pp: ranks 0, 8 (stride 8)
+    fsdp: ranks 8-15 (stride 1)
+
+roles
+  norm (2 modules):
+    - is left alone
+    layers.*.norm.weight (2 equal)
+        [16] [fsdp: S(0)] -> [2] float32 a rank
+
+pipeline stages
+  stage 0 on pp rank 0 (ranks 0-7): embed, layers.0 to
+      1, 60.0% of the cost, 1,000 parameters
+  stage 1 on pp rank 1 (ranks 8-15): layers.2, norm,
+      40.0% of the cost, 10 parameters
+
+pipeline schedule
+  bubble 50.0%: the share of time in which ranks wait
+  (if a backward takes two forwards, all stages cost the
+      same, and sending costs nothing)
+  pp rank 0 F0 .. .. .. B0 --
+  pp rank 1 .. F0 B0 -- .. ..
+
+collectives a step
+  of rank 8; bytes are those it sends to others and
+      receives from them around a ring
+  axis  kind        count      sent  received
+      why
+  fsdp  all-gather  1,200  2.00 KiB  2.00 KiB
+      parameters
+  pp    send            1      10 B       0 B
+      hidden states
+  all               1,201  2.01 KiB  2.00 KiB"""
+
+
+def test_what_does_not_fit_a_line_goes_beneath():
+    assert render(EXPLANATION, 56) == NARROW
+
+
+def test_a_stage_on_one_rank_names_it():
+    alone = replace(EXPLANATION, world_size=2)
+    assert "stage 1 on pp rank 1 (rank 1): layers.2" in render(alone)
+
+
+def test_lines_are_wrapped_but_words_stay_whole():
+    assert wrap("  one two three", 9) == "  one two\n      three"
+    assert wrap("  one", 5) == "  one"
+    assert wrap("- abcdefghijk l", 6) == "-\n    abcdefghijk\n    l"
+
+
+def test_the_terminal_says_how_wide_lines_are(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert terminal_width() == 80
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert terminal_width() == 200
 
 
 def test_one_rank_has_little_to_explain():

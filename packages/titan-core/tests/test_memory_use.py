@@ -49,6 +49,20 @@ def test_what_a_tensor_is_for_may_be_known_later():
     assert len(passing) == KIB
 
 
+def test_two_memories_have_their_own_peaks():
+    with MemoryRecorder() as recorder:
+        parameter = kibibytes(9)
+        recorder.hold("parameters", [parameter], host=True)
+        recorder.category = "activations"
+        kibibytes(4)
+        recorder.host = True
+        recorder.category = "other"
+        scratch = kibibytes(2)
+    assert recorder.peak() == MemoryUse(activations=4 * KIB)
+    assert recorder.peak(host=True) == MemoryUse(parameters=9 * KIB, other=2 * KIB)
+    assert len(parameter) + len(scratch) == 11 * KIB
+
+
 def test_a_storage_that_is_resized_is_followed():
     with MemoryRecorder() as recorder:
         recorder.category = "activations"

@@ -1,9 +1,9 @@
 import pytest
 
 from titan_core.config import ParallelConfig
-from titan_core.pipeline import PipelineError
+from titan_core.schedule_order import compute_order
 from titan_core.stages import SCHEDULES
-from titan_core.timeline import compute_order, draw, most_in_flight, play
+from titan_core.timeline import DeadlockError, draw, most_in_flight, play
 
 
 def order(schedule, micro_batches=8, pp=4):
@@ -51,8 +51,8 @@ def test_a_schedule_from_a_file_is_drawn(tmp_path):
     path.write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n")
     timeline = play(compute_order(ParallelConfig(pp=2, pp_schedule_csv=str(path)), 2))
     assert draw(timeline) == [
-        "rank 0 F0 F1 .. .. B0 -- .. B1 --",
-        "rank 1 .. F0 B0 -- F1 B1 -- .. ..",
+        "pp rank 0 F0 F1 .. .. B0 -- .. B1 --",
+        "pp rank 1 .. F0 B0 -- F1 B1 -- .. ..",
     ]
     assert timeline.bubble == pytest.approx(6 / 18)
 
@@ -60,10 +60,10 @@ def test_a_schedule_from_a_file_is_drawn(tmp_path):
 def test_a_drawing_is_cut_to_its_width():
     *rows, note = draw(play(order("Interleaved1F1B")), 60)
     assert max(map(len, rows)) <= 60
-    assert rows[1].startswith("rank 1 ... 1F0 1F1 1F2 1F3 5F0")
-    assert note == "... the first 13 of 57 units of time"
+    assert rows[1].startswith("pp rank 1 ... 1F0 1F1 1F2 1F3 5F0")
+    assert note == "... the first 12 of 57 units of time"
 
 
 def test_a_schedule_that_waits_for_itself_is_refused():
-    with pytest.raises(PipelineError, match=r"never ends: rank 0 at 0B0; rank 1 at 1B0, .* Mend the order"):
+    with pytest.raises(DeadlockError, match=r"never ends: pp rank 0 at 0B0 for 0F0; pp rank 1 at 1B0 for 1F0\. Mend"):
         play({0: [(0, "B", 0), (0, "F", 0)], 1: [(1, "B", 0), (1, "F", 0)]})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from titan_core.compiling import check_backend
 from titan_core.degrees import resolve_degrees
 from titan_core.explain import Stage, describe_stages
 from titan_core.explain_text import human, terminal_width, wrap
@@ -40,6 +41,7 @@ class DryRun:
 
 def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     """Rehearses a training step of a validated configuration on `world_size` ranks."""
+    check_backend(config.compile)
     started = time.perf_counter()
     ranks = _candidates(config, world_size)
     rehearsals = rehearse_all(config, world_size, ranks)

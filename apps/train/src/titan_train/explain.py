@@ -2,6 +2,7 @@
 
 import torch
 
+from titan_core.compiling import check_backend
 from titan_core.degrees import resolve_degrees
 from titan_core.explain import (
     Explanation,
@@ -37,6 +38,7 @@ def explain(config: TrainConfig, world_size: int) -> Explanation:
 
     Meshes are seen from, and traffic is that of, the first rank of the pipeline rank whose stages cost most.
     """
+    check_backend(config.compile)
     degrees = resolve_degrees(config.parallel, world_size)
     with torch.device("meta"):
         model = config.model.build()

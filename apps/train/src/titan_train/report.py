@@ -1,6 +1,7 @@
 """What a run tells the person who started it: an overview before, an ending and what to try next after."""
 
 from titan_core.degrees import Degrees
+from titan_core.explain_text import human
 from titan_models.facts import parameter_count
 from titan_train.config import TrainConfig
 from titan_train.rows import Rows
@@ -36,7 +37,7 @@ def overview(
     if gradient_bytes:
         lines.append(
             f"note: gradients are reduced with the last micro-batch only, which keeps "
-            f"{gradient_bytes / 2**20:,.1f} MiB of whole gradients on each rank (parallel.grad_sync)"
+            f"{human(gradient_bytes)} of whole gradients on each rank (parallel.grad_sync)"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Every private torch import of this package, in one place; checked on torch 2.13."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 from unittest import mock
 
@@ -31,11 +31,12 @@ __all__ = [
     "functional_reduce_scatter",
     "is_fake",
     "overlap_tensor_parallel",
-    "pipeline_schedule_from_csv",
+    "pipeline_schedule_from_actions",
     "process_group",
     "schedule_actions",
     "set_activation_budget",
     "trusted_pipeline_shapes",
+    "work_of_one_rank",
 ]
 
 
@@ -96,12 +97,21 @@ def cuda_flash_attention_backward(
     )
 
 
-def pipeline_schedule_from_csv(path: str, stages: list[Any], **options: Any) -> Any:
-    """A schedule of torch.distributed.pipelining whose actions stand in a CSV file, one line a rank."""
-    from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+def pipeline_schedule_from_actions(
+    rows: Sequence[Sequence[tuple[int, str, int]]], stages: list[Any], **options: Any
+) -> Any:
+    """A schedule of torch.distributed.pipelining in which pipeline rank r does the actions `rows[r]`, in this order.
+
+    An action is a stage, `F`, `B`, `I` or `W`, and a micro-batch.
+    """
+    from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
     schedule = _PipelineScheduleRuntime(stages, **options)
-    schedule._load_csv(path)
+    for rank, row in enumerate(rows):
+        schedule.pipeline_order[rank] = [
+            _Action(stage, _ComputationType(kind), micro_batch) for stage, kind, micro_batch in row
+        ]
+    schedule._prepare_schedule_with_comms(schedule.pipeline_order)
     return schedule
 
 
@@ -141,6 +151,32 @@ def fake_store() -> Any:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     return FakeStore()
+
+
+@contextlib.contextmanager
+def work_of_one_rank(rank: int) -> Iterator[None]:
+    """Within it, meshes and FSDP leave out what they do for each rank of the world, which a fake `rank` has no use for.
+
+    A mesh makes groups for the other ranks too. FSDP makes an empty tensor for every rank that gets no part of a
+    parameter, in Python; here these ranks share one.
+    """
+    from torch.distributed import GroupMember, device_mesh
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    new_group = device_mesh.new_group
+
+    def new_own_group(*, ranks: list[int], **options: Any) -> Any:
+        return new_group(ranks=ranks, **options) if rank in ranks else GroupMember.NON_GROUP_MEMBER
+
+    def chunks(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
+        parts = list(torch.chunk(tensor, count, dim=dim))
+        return parts + [parts[0].new_empty(0)] * (count - len(parts))
+
+    with (
+        mock.patch.object(device_mesh, "new_group", new_own_group),
+        mock.patch.object(_fsdp_param, "_chunk_with_empty", chunks),
+    ):
+        yield
 
 
 def fake_tensor_mode() -> Any:

@@ -66,9 +66,17 @@ def _product_problems(config: ParallelConfig, world_size: int) -> list[str]:
                 "dp_shard; lower a degree or start another number of ranks."
             ]
     elif product != world_size:
-        remedy = f"start {product} ranks (torchrun --nproc-per-node {product}), or set parallel.dp_shard to -1"
-        return [f"parallel: {spelt} = {product} ranks, but {world_size} were started; {remedy}."]
+        whole = world_size % (product // config.dp_shard) == 0
+        instead = "set parallel.dp_shard to -1, which takes what is left" if whole else "lower a degree"
+        return [
+            f"parallel: {spelt} is a layout for {_ranks(product)}, not for {_ranks(world_size)}; {instead}, or use "
+            f"{_ranks(product)} (torchrun --nproc-per-node {product})."
+        ]
     return []
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _expert_problems(config: ParallelConfig, world_size: int) -> list[str]:

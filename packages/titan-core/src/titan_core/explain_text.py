@@ -1,6 +1,8 @@
 """An explanation of a layout as text for a terminal."""
 
 import math
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -10,15 +12,30 @@ from titan_core.traffic import Flow
 
 
 def render(explanation: Explanation, width: int = 120) -> str:
-    """The explanation in sections; pipelines are drawn in `width` characters."""
+    """The explanation in sections, in lines of `width` characters."""
     sections = [
         ("mesh", _mesh(explanation)),
-        ("roles", _roles(explanation)),
-        ("pipeline stages", _stages(explanation.stages)),
-        ("pipeline schedule", _timeline(explanation.timeline, width)),
-        ("collectives a step", _traffic(explanation)),
+        ("roles", _roles(explanation, width - 2)),
+        ("pipeline stages", _stages(explanation)),
+        ("pipeline schedule", _timeline(explanation.timeline, width - 2)),
+        ("collectives a step", _traffic(explanation, width - 2)),
     ]
-    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections if lines)
+    return "\n\n".join(
+        "\n".join([title, *(wrap(f"  {line}", width) for line in lines)]) for title, lines in sections if lines
+    )
+
+
+def terminal_width() -> int:
+    """Characters in a line: those of the terminal, at most 200; 120 without one, unless COLUMNS says otherwise."""
+    return min(shutil.get_terminal_size((120, 24)).columns, 200)
+
+
+def wrap(line: str, width: int) -> str:
+    """`line` in lines of `width` characters, the further ones indented by four more; a longer word stays whole."""
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _mesh(explanation: Explanation) -> list[str]:
@@ -40,15 +57,19 @@ def _neighbours(axis: Axis) -> str:
     return f"ranks {named} (stride {stride})"
 
 
-def _roles(explanation: Explanation) -> list[str]:
+def _roles(explanation: Explanation, width: int) -> list[str]:
     lines = []
     for treatment in explanation.roles:
         modules = f"{treatment.modules} module{'s' if treatment.modules > 1 else ''}"
         lines.append(f"{treatment.role} ({modules})" + (":" if treatment.techniques else ""))
         lines += [f"  - {technique}" for technique in treatment.techniques]
         own = [line for line in explanation.parameters if line.role == treatment.role]
-        width = max((len(_name(line)) for line in own), default=0)
-        lines += [f"  {_name(line):<{width}}  {_placed(line)}" for line in own]
+        column = max((len(_name(line)) for line in own), default=0)
+        table = [f"  {_name(line):<{column}}  {_placed(line)}" for line in own]
+        if all(len(line) <= width for line in table):
+            lines += table
+        else:
+            lines += [text for line in own for text in (f"  {_name(line)}", f"      {_placed(line)}")]
     return lines
 
 
@@ -61,12 +82,19 @@ def _placed(line: Parameters) -> str:
     return f"{list(line.shape)}{placements} -> {list(line.local_shape)} {line.dtype} a rank"
 
 
-def _stages(stages: Sequence[Stage]) -> list[str]:
+def _stages(explanation: Explanation) -> list[str]:
+    pp = 1 + max((stage.rank for stage in explanation.stages), default=0)
     return [
-        f"stage {stage.number} on rank {stage.rank}: {_run(stage.modules)}, {stage.cost_share:.1%} of the cost, "
-        f"{stage.parameters:,} parameters"
-        for stage in stages
+        f"stage {stage.number} on pp rank {stage.rank} ({_members(stage, explanation.world_size // pp)}): "
+        f"{_run(stage.modules)}, {stage.cost_share:.1%} of the cost, {stage.parameters:,} parameters"
+        for stage in explanation.stages
     ]
+
+
+def _members(stage: Stage, count: int) -> str:
+    """The ranks of the world that run a stage: pp is the outermost axis of the meshes."""
+    first, last = stage.rank * count, (stage.rank + 1) * count - 1
+    return f"rank {first}" if count == 1 else f"ranks {first}-{last}"
 
 
 def _run(modules: Sequence[str]) -> str:
@@ -81,20 +109,25 @@ def _timeline(timeline: Timeline | None, width: int) -> list[str]:
     return [
         f"bubble {timeline.bubble:.1%}: the share of time in which ranks wait",
         "(if a backward takes two forwards, all stages cost the same, and sending costs nothing)",
-        *draw(timeline, width - 2),
+        *draw(timeline, width),
     ]
 
 
-def _traffic(explanation: Explanation) -> list[str]:
+def _traffic(explanation: Explanation, width: int) -> list[str]:
     if not explanation.traffic:
         return []
     flows = sorted(explanation.traffic, key=lambda flow: -(flow.sent_bytes + flow.received_bytes))
     rows = [("axis", "kind", "count", "sent", "received", "why"), *map(_row, flows)]
     rows.append(_sum(flows))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    table = [("  ".join(_aligned(row, widths)), row[5]) for row in rows]
+    if all(len(numbers) + 2 + len(why) <= width for numbers, why in table):
+        lines = [f"{numbers}  {why}".rstrip() for numbers, why in table]
+    else:
+        lines = [text for numbers, why in table for text in (numbers, f"    {why}") if text.strip()]
     return [
         f"of rank {explanation.rank}; bytes are those it sends to others and receives from them around a ring",
-        *("  ".join([*_aligned(row, widths), row[5]]).rstrip() for row in rows),
+        *lines,
     ]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from titan_core.compat import fake_store, fake_tensor_mode, trusted_pipeline_shapes
+from titan_core.compat import fake_store, fake_tensor_mode, trusted_pipeline_shapes, work_of_one_rank
 
 
 @contextlib.contextmanager
@@ -24,7 +24,8 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
     """Makes this process rank `rank` of `world_size`; the default process group must not exist."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=fake_store())
     try:
-        yield
+        with work_of_one_rank(rank):
+            yield
     finally:
         dist.destroy_process_group()
 

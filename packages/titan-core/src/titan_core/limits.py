@@ -63,10 +63,13 @@ def _tensor(config: ParallelConfig, degrees: Degrees, shapes: Shapes) -> Iterato
             yield f"parallel.tp {tp} does not divide model.{name} {number}; use one of {divisors(number)}."
     if (tp - 1) * -(-shapes.vocab_size // tp) >= shapes.vocab_size:
         yield f"parallel.tp {tp} leaves a rank without a row of the model.vocab_size {shapes.vocab_size}; lower it."
-    if config.sequence_parallel and shapes.seq_len % (tp * degrees.cp):
+    parts = tp * degrees.cp
+    if config.sequence_parallel and shapes.seq_len % parts:
+        cut = f"parallel.tp {tp} cuts" if degrees.cp == 1 else f"parallel.tp {tp} x parallel.cp {degrees.cp} cut"
+        otherwise = "lower parallel.tp" if shapes.experts else "switch parallel.sequence_parallel off"
         yield (
-            f"parallel.tp {tp} x parallel.cp {degrees.cp} cut a sequence into {tp * degrees.cp} parts, which does "
-            f"not divide training.seq_len {shapes.seq_len}; change it, or switch parallel.sequence_parallel off."
+            f"{cut} a sequence into {parts} parts, which does not divide training.seq_len {shapes.seq_len}; use a "
+            f"multiple of {parts}, or {otherwise}."
         )
 
 
@@ -123,8 +126,9 @@ def _experts(config: ParallelConfig, degrees: Degrees, shapes: Shapes) -> Iterat
         )
     if degrees.tp > 1 and not config.sequence_parallel:
         yield (
-            "Without parallel.sequence_parallel every tp rank would send the same tokens to the experts; leave it "
-            "on for a model with experts."
+            "Without parallel.sequence_parallel every tp rank would send the same tokens to the experts; leave it on, "
+            f"with a training.seq_len that is a multiple of {degrees.tp * degrees.cp}, or set parallel.tp to 1 and cut "
+            "the experts with parallel.ep."
         )
 
 

@@ -3,6 +3,9 @@
 Counted are the storages of live tensors, whether real or fake: no allocator's rounding or fragmentation, nothing that
 kernels and communication libraries allocate for themselves. What a storage is for is often known only later, when it
 turns up as a gradient or as the optimizer's state; so births and deaths are logged, and added up at the end.
+
+Where FSDP offloads to the host's memory, two memories are filled. Storages are counted for the device unless they are
+said to be the host's, so that a step can be tried where there is only a host.
 """
 
 import contextlib
@@ -25,7 +28,7 @@ from titan_core.shards import local
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Bytes of live tensors on one rank."""
+    """Bytes of live tensors on one rank, in one memory."""
 
     parameters: int = 0
     """This rank's shards of parameters, and buffers."""
@@ -50,6 +53,7 @@ class MemoryUse:
 class _Record:
     size: int
     category: str
+    host: bool
 
 
 class MemoryRecorder(TorchDispatchMode):
@@ -59,22 +63,27 @@ class MemoryRecorder(TorchDispatchMode):
         super().__init__()
         self.category = "other"
         """What new storages are for, unless they turn out to be something else."""
+        self.host = False
+        """Whether new storages are in the host's memory, unless they turn out to be on the device."""
         self._log: list[tuple[_Record, int]] = []
         self._alive: dict[int, tuple[_Record, weakref.ref[Any]]] = {}
         self._patches = contextlib.ExitStack()
 
-    def hold(self, category: str, tensors: Iterable[Tensor | None]) -> None:
-        """Says what `tensors` are for, from their births on."""
+    def hold(self, category: str, tensors: Iterable[Tensor | None], *, host: bool = False) -> None:
+        """Says what `tensors` are for, from their births on, and whether they are in the host's memory."""
         for tensor in tensors:
             if tensor is not None:
-                self._known(local(tensor).untyped_storage(), category).category = category
+                record = self._known(local(tensor).untyped_storage(), category)
+                record.category, record.host = category, host
 
-    def peak(self) -> MemoryUse:
-        """What was alive when most was."""
+    def peak(self, *, host: bool = False) -> MemoryUse:
+        """What was alive on the device, or in the memory of the `host`, when most was alive there."""
         now = dict.fromkeys((field.name for field in fields(MemoryUse)), 0)
         total = most = 0
         at_peak = dict(now)
         for record, change in self._log:
+            if record.host != host:
+                continue
             now[record.category] += change
             total += change
             if total > most:
@@ -115,7 +124,8 @@ class MemoryRecorder(TorchDispatchMode):
         key = id(storage)
         if key in self._alive:
             return self._alive[key][0]
-        record = _Record(storage.nbytes(), category or ("communication" if _communicates() else self.category))
+        found = category or ("communication" if _communicates() else self.category)
+        record = _Record(storage.nbytes(), found, self.host)
         self._alive[key] = record, weakref.ref(storage, partial(self._died, key))
         self._log.append((record, record.size))
         return record

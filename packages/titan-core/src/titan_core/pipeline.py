@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from titan_core.compat import pipeline_schedule_from_csv
+from titan_core.compat import pipeline_schedule_from_actions
 from titan_core.config import ParallelConfig
 from titan_core.fsdp import whole_gradient_bytes
 from titan_core.layout import Batch
@@ -239,9 +239,16 @@ class Pipeline:
 def build_schedule(config: ParallelConfig, stages: list[PipelineStage], **options: Any) -> Any:
     """The schedule that `config` names or that stands in its file, for this rank's `stages`.
 
-    `options` are those of the schedules of torch.distributed.pipelining.
+    `options` are those of the schedules of torch.distributed.pipelining, `n_microbatches` among them.
+
+    Raises:
+        PipelineError: if the schedule in the file cannot run.
     """
     if config.pp_schedule_csv:
-        return pipeline_schedule_from_csv(config.pp_schedule_csv, stages, **options)
+        file = read_schedule(config.pp_schedule_csv)
+        count, micro_batches = stage_count(config), options["n_microbatches"]
+        if problems := file.problems(pp=config.pp, stages=count, micro_batches=micro_batches):
+            raise PipelineError(" ".join(problems))
+        return pipeline_schedule_from_actions(file.rows, stages, **options)
     single = config.pp_schedule in ("GPipe", "1F1B")
     return get_schedule_class(config.pp_schedule)(stages[0] if single else stages, **options)

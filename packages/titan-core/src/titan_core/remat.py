@@ -16,7 +16,8 @@ from titan_core.config import RematConfig
 from titan_core.surgery import specialise
 
 # Operators whose results are costly to compute and cheap to keep. A collective's result belongs to them: computing
-# it again would communicate again.
+# it again would communicate again. What goes around the ring of context parallelism does not: it arrives in place, and
+# kept it would be whole sequences of keys and values.
 _COSTLY = (
     "aten.mm.default",
     "aten.addmm.default",
@@ -27,6 +28,8 @@ _COSTLY = (
     "aten._scaled_dot_product_efficient_attention.default",
     "aten._scaled_dot_product_cudnn_attention.default",
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "_c10d_functional.all_gather_into_tensor.default",
+    "_c10d_functional.all_reduce.default",
     "_c10d_functional.reduce_scatter_tensor.default",
     "_c10d_functional.all_to_all_single.default",
 )

@@ -58,8 +58,7 @@ def pipeline_problems(config: ParallelConfig, *, layers: int, micro_batches: int
         )
     if stages > layers:
         problems.append(
-            f"The pipeline has {stages} stages, but the model only {layers} layers; lower parallel.pp or "
-            "parallel.pp_stages_per_rank."
+            f"The pipeline has {stages} stages, but the model only {layers} layers{_remedy(config, stages, layers)}."
         )
     if config.pp_split and len(config.pp_split) != stages - 1:
         problems.append(
@@ -80,6 +79,16 @@ def pipeline_problems(config: ParallelConfig, *, layers: int, micro_batches: int
             f"multiple of {config.pp}: change training.micro_batch_size or training.global_batch_size."
         )
     return problems
+
+
+def _remedy(config: ParallelConfig, stages: int, layers: int) -> str:
+    """What makes stages fewer, where the schedule lets anything."""
+    if stages == config.pp:
+        return "; lower parallel.pp"
+    if config.pp_schedule_csv or not SCHEDULES[config.pp_schedule].fixed:
+        return "; lower parallel.pp_stages_per_rank or parallel.pp"
+    single = ", or use a schedule with one stage a rank, such as 1F1B" if config.pp <= layers else ""
+    return f", and {config.pp_schedule} needs {stages // config.pp} a rank; lower parallel.pp{single}"
 
 
 def _without_effect(config: ParallelConfig) -> list[str]:

@@ -2,20 +2,11 @@
 
 A unit of time is one stage's forward of a micro-batch. A backward takes two: one for the gradients of activations, one
 for those of weights, which some schedules compute apart. Sending takes no time, and all stages take equally long.
+Imports no torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.pipelining import PipelineStage
-
-from titan_core.compat import schedule_actions
-from titan_core.config import ParallelConfig
-from titan_core.fake_world import fake_world
-from titan_core.pipeline import PipelineError, build_schedule, stage_ranks
 
 Computation = tuple[int, str, int]
 """Stage, what it computes (`F` forward, `B` backward or its parts: `I` of activations, `W` of weights), micro-batch."""
@@ -53,59 +44,51 @@ class Timeline:
         return 1 - busy / (self.duration * len(self.ranks))
 
 
-def compute_order(config: ParallelConfig, micro_batches: int) -> dict[int, list[Computation]]:
-    """Pipeline rank -> what it computes in a step, in order: what the schedule of `config` itself says.
+class DeadlockError(ValueError):
+    """Ranks of a pipeline wait for each other for ever; `waiting`: rank -> what it cannot begin, what that needs."""
 
-    The default process group must not exist.
-
-    Raises:
-        PipelineError: if the schedule's file does not fit the ranks.
-    """
-    ranks = stage_ranks(config)
-    with fake_world(0, config.pp):
-        nothing = torch.empty((), device="meta", requires_grad=True)
-        stages = [
-            PipelineStage(
-                nn.Identity(), stage, len(ranks), torch.device("cpu"), nothing, nothing, group=dist.group.WORLD
-            )
-            for stage, rank in enumerate(ranks)
-            if rank == 0
-        ]
-        return schedule_actions(
-            build_schedule(config, stages, n_microbatches=micro_batches, loss_fn=lambda *_: nothing)
+    def __init__(self, waiting: Mapping[int, tuple[Computation, Computation]]) -> None:
+        self.waiting = waiting
+        listed = "; ".join(
+            f"pp rank {rank} at {label(action)} for {label(need)}" for rank, (action, need) in waiting.items()
         )
+        super().__init__(f"The pipeline's schedule never ends: {listed}. Mend the order of its actions.")
 
 
 def play(order: Mapping[int, Sequence[Computation]]) -> Timeline:
     """Starts each computation as soon as its rank is free and what it needs is there.
 
     Raises:
-        PipelineError: if ranks wait for each other for ever.
+        DeadlockError: if ranks wait for each other for ever.
     """
     last = max(stage for actions in order.values() for stage, _, _ in actions)
+    planned = {action for actions in order.values() for action in actions}
     done: dict[Computation, int] = {}
     slots: dict[int, list[Slot]] = {rank: [] for rank in sorted(order)}
     left = {rank: list(reversed(actions)) for rank, actions in order.items()}
+
+    def needs(action: Computation) -> list[Computation]:
+        return _needs(action, last, planned)
+
     while any(left.values()):
         moved = False
         for rank, actions in left.items():
-            while actions and all(need in done for need in _needs(actions[-1], last, done)):
+            while actions and all(need in done for need in needs(actions[-1])):
                 action = actions.pop()
                 free = slots[rank][-1].end if slots[rank] else 0
-                start = max([free, *(done[need] for need in _needs(action, last, done))])
+                start = max([free, *(done[need] for need in needs(action))])
                 slots[rank].append(Slot(computation=action, start=start, end=start + _UNITS[action[1]]))
                 done[action] = slots[rank][-1].end
                 moved = True
         if not moved:
-            waiting = "; ".join(f"rank {rank} at {_label(actions[-1])}" for rank, actions in left.items() if actions)
-            raise PipelineError(
-                f"The pipeline's schedule never ends: {waiting}, each waiting for another rank. Mend the order of its "
-                "actions: a forward needs that of the stage before, a backward that of the stage after."
+            stuck = {rank: actions[-1] for rank, actions in left.items() if actions}
+            raise DeadlockError(
+                {rank: (at, next(need for need in needs(at) if need not in done)) for rank, at in stuck.items()}
             )
     return Timeline(tuple(tuple(own) for own in slots.values()))
 
 
-def _needs(action: Computation, last: int, done: Mapping[Computation, int]) -> list[Computation]:
+def _needs(action: Computation, last: int, planned: Set[Computation]) -> list[Computation]:
     stage, kind, micro_batch = action
     if kind == "F":
         return [(stage - 1, "F", micro_batch)] if stage else []
@@ -115,7 +98,7 @@ def _needs(action: Computation, last: int, done: Mapping[Computation, int]) -> l
         return [(stage, "F", micro_batch)]
     # The next stage may compute its backward whole or in parts.
     parts = (stage + 1, "I", micro_batch)
-    return [(stage, "F", micro_batch), parts if parts in done else (stage + 1, "B", micro_batch)]
+    return [(stage, "F", micro_batch), parts if parts in planned else (stage + 1, "B", micro_batch)]
 
 
 def most_in_flight(actions: Sequence[Computation], weights: Mapping[int, float]) -> float:
@@ -135,14 +118,14 @@ def most_in_flight(actions: Sequence[Computation], weights: Mapping[int, float])
 
 
 def draw(timeline: Timeline, width: int = 120) -> list[str]:
-    """One line a rank, with time to the right: `1F3` is the forward of micro-batch 3 on stage 1, dots are waiting.
+    """One line a pipeline rank, time to the right: `1F3` is the forward of micro-batch 3 on stage 1, dots are waiting.
 
     Where each rank has one stage, its number is left out. What is beyond `width` characters is cut.
     """
     single = all(len({slot.computation[0] for slot in slots}) == 1 for slots in timeline.ranks)
-    labels = {slot.computation: _label(slot.computation, single) for slots in timeline.ranks for slot in slots}
+    labels = {slot.computation: label(slot.computation, single=single) for slots in timeline.ranks for slot in slots}
     cell = 1 + max(map(len, labels.values()))
-    head = len(str(len(timeline.ranks) - 1)) + 6
+    head = len(f"pp rank {len(timeline.ranks) - 1} ")
     columns = max(1, (width - head) // cell)
     lines = []
     for rank, slots in enumerate(timeline.ranks):
@@ -151,12 +134,13 @@ def draw(timeline: Timeline, width: int = 120) -> list[str]:
             for i in range(slot.start, slot.end):
                 row[i] = labels[slot.computation] if i == slot.start else "-" * (cell - 1)
         cells = "".join(text.ljust(cell) for text in row[:columns]).rstrip()
-        lines.append(f"rank {rank:<{head - 5}}{cells}")
+        lines.append(f"pp rank {rank}".ljust(head) + cells)
     if columns < timeline.duration:
         lines.append(f"... the first {columns} of {timeline.duration} units of time")
     return lines
 
 
-def _label(action: Computation, single: bool = False) -> str:
+def label(action: Computation, *, single: bool = False) -> str:
+    """An action as it stands in a schedule's file, such as `1F3`; without its stage if each rank has a `single` one."""
     stage, kind, micro_batch = action
     return f"{kind}{micro_batch}" if single else f"{stage}{kind}{micro_batch}"
