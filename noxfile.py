@@ -69,7 +69,8 @@ def lint(session: nox.Session) -> None:
     """Checks style, types, imports and spelling without running any of our code."""
     # Editable, since the types and the walls are checked in the sources themselves.
     session.install(*(f"--editable={FOLDERS[name]}" for name in (*PACKAGES, *APPS)))
-    session.install("--group", f"{FOLDERS['titan-metrics'] / 'pyproject.toml'}:test")  # the extras it imports
+    for name in ("titan-metrics", "titan-convert"):  # the extras that they import
+        session.install("--group", f"{FOLDERS[name] / 'pyproject.toml'}:test")
     session.install("--group", "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")

@@ -56,11 +56,12 @@ def titan_side(dtype: str, model: Llama3Config = MODEL):
     from titan_data.dataset import open_dataset
     from titan_train.environment import environment
     from titan_train.trainer import Trainer
+    from titan_train.votes import Votes
 
     config = make_config(dtype, model)
     with environment(config) as env:
         trainer = Trainer(config, env, open_dataset(config.data), {})
-        return trainer.step
+        return lambda: trainer.step(Votes())
 
 
 def plain_side(dtype: str, model: Llama3Config = MODEL):

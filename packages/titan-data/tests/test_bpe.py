@@ -9,17 +9,18 @@ import pytest
 from titan_data import bpe
 from titan_data.bpe import train_bpe, trained_bpe
 from titan_data.errors import DataError
-from titan_data.reading import Piece
+from titan_data.source import Piece
 
 TEXTS = [f"def function_{i}(argument):\n    return argument * {i} + café\n" for i in range(200)]
 
 
 class TextCorpus:
-    """Documents in memory, that counts what is asked of it."""
+    """Documents in memory, that counts what is asked of it; a source of one part."""
 
     def __init__(self, texts, fingerprint="f"):
         self.texts, self.fingerprint = texts, fingerprint
         self.size_bytes = sum(len(text.encode()) for text in texts)
+        self.parts = [self]
         self.read = 0
 
     def pieces(self, counts):

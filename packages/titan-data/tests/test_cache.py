@@ -26,9 +26,9 @@ def build(folder):
         file.write("le")
 
 
-def find(folder, build=build, messages=None):
+def find(folder, build=build, messages=None, resume=False):
     say = (lambda message: None) if messages is None else messages.append
-    return find_or_build(folder, open_folder=open_folder, build=build, what="thing", progress=say)
+    return find_or_build(folder, open_folder=open_folder, build=build, what="thing", progress=say, resume=resume)
 
 
 @pytest.fixture
@@ -83,6 +83,27 @@ def test_what_a_killed_builder_left_is_built_anew(folder):
     assert find(folder) == "whole"
     assert [path.name for path in folder.iterdir()] == ["content"]
     assert not folder.with_name("key.partial").exists()
+
+
+def test_an_interrupted_build_may_go_on_but_a_failed_one_starts_over(folder):
+    def stopping(error):
+        def build(scratch):
+            (scratch / "content").write_text("who")
+            raise error
+
+        return build
+
+    def going_on(scratch):
+        assert [path.name for path in scratch.iterdir()] == ["content"]
+        with (scratch / "content").open("a") as file:
+            file.write("le")
+
+    with pytest.raises(DataError, match="broken corpus"):
+        find(folder, stopping(DataError("broken corpus")), resume=True)
+    assert not folder.with_name("key.partial").exists()
+    with pytest.raises(KeyboardInterrupt):
+        find(folder, stopping(KeyboardInterrupt()), resume=True)
+    assert find(folder, going_on, resume=True) == "whole"
 
 
 def test_a_damaged_folder_is_built_again_with_a_notice(folder):

@@ -9,8 +9,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.stateful import Stateful
 
+from titan_data.errors import ReadingError
 from titan_data.loader import BatchLoader
-from titan_data.windows import count_windows
+from titan_data.order import ShuffledRows
+from titan_data.windows import TokenWindows, count_windows
 
 KEYS = {"tokens", "labels", "positions", "document_ids", "sample_ids"}
 
@@ -151,29 +153,23 @@ def test_options_reach_the_order_and_the_rows(make):
 
 
 class FailsOnce:
-    """A token stream whose disk fails at the n-th slice, and then works again."""
+    """A token stream whose disk fails at the n-th reading, and then works again."""
 
     def __init__(self, stream, failing_read):
         self.stream, self.left = stream, failing_read
         self.document_starts, self.eos_id = stream.document_starts, stream.eos_id
+        self.token_count = stream.token_count
 
-    @property
-    def tokens(self):
-        return self
-
-    def __len__(self):
-        return len(self.stream.tokens)
-
-    def __getitem__(self, place):
+    def copy_tokens(self, start, out):
         self.left -= 1
         if self.left == 0:
             raise OSError("the disk went away")
-        return self.stream.tokens[place]
+        self.stream.copy_tokens(start, out)
 
 
 def test_an_error_in_the_thread_is_raised_with_its_place_and_the_batch_can_be_read_again(make, stream):
-    slices_per_batch = 2 * 6
-    loader = make(dataset=FailsOnce(stream, 3 * slices_per_batch))
+    rows = 6
+    loader = make(dataset=FailsOnce(stream, 3 * rows))
     expected = take(make(), 6)
     assert_same(take(loader, 2), expected[:2])
     with pytest.raises(OSError, match="the disk went away") as caught:
@@ -233,3 +229,46 @@ def test_refuses_sizes_that_mean_nothing(make, options, message):
 def test_refuses_the_state_of_something_else(make, state):
     with pytest.raises(ValueError, match="not the state of a BatchLoader"):
         make().load_state_dict(state)
+
+
+def test_refuses_options_that_the_dataset_or_the_machine_has_no_use_for(make, stream):
+    rows = TokenWindows(stream, seq_len=8)
+    samples = ShuffledRows(rows, seed=3)
+    for options, message in (
+        ({"seq_len": None}, "seq_len is missing"),
+        ({"seed": None}, "seed is missing"),
+        ({"dataset": rows}, "seq_len and confine_attention are for a token stream"),
+        ({"dataset": samples, "seed": None}, "are fixed where samples are put in order. Give them to the ShuffledRows"),
+        ({"workers": -1}, "workers is -1"),
+        ({"workers": 1, "prefetch": 0}, "prefetch is 0; it must be at least 1"),
+        ({"timeout_seconds": 0}, "timeout_seconds is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**options)
+    if not torch.accelerator.is_available():
+        with pytest.raises(ValueError, match="pin_memory is on, but there is no accelerator"):
+            make(pin_memory=True)
+
+
+def test_rows_and_samples_are_read_as_the_stream_they_come_from(make, stream):
+    rows = TokenWindows(stream, seq_len=8)
+    expected = take(make(), 5)
+    assert_same(take(make(dataset=rows, seq_len=None), 5), expected)
+    samples = make(dataset=ShuffledRows(rows, seed=3, name="poems"), seq_len=None, seed=None)
+    assert_same(take(samples, 5), expected)
+    assert samples.epochs == {"poems": 30 / len(rows)}
+    assert samples.epoch == 30 / len(rows)
+
+
+def test_a_thread_that_hangs_is_an_error_and_the_loader_can_be_closed(make, stream):
+    answered = threading.Event()
+
+    class Hangs(FailsOnce):
+        def copy_tokens(self, start, out):
+            answered.wait()
+
+    loader = make(dataset=Hangs(stream, 0), timeout_seconds=0.2)
+    with pytest.raises(ReadingError, match=r"has not come for 0\.2 seconds"):
+        next(loader)
+    loader.close()
+    answered.set()

@@ -2,48 +2,50 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_data.order import Order
+from titan_data.order import Order, ShuffledRows
+from titan_data.rows import NO_ROW
+from titan_data.windows import TokenWindows
 
 
-def order(n, B, **options):
-    return Order(**({"window_count": n, "global_batch_size": B, "seed": 1} | options))
+def order(n, **options):
+    return Order(**({"row_count": n, "seed": 1} | options))
 
 
-def batches(order, count):
-    return [order.windows(t, range(order.global_batch_size)) for t in range(count)]
-
-
-@given(n=st.integers(1, 60), B=st.integers(1, 40), shuffle=st.booleans())
-def test_each_epoch_reads_every_window_once(n, B, shuffle):
-    samples = np.concatenate(batches(order(n, B, shuffle=shuffle), -(-3 * n // B)))
+@given(n=st.integers(1, 60), shuffle=st.booleans())
+def test_each_epoch_reads_every_row_once(n, shuffle):
+    rows = order(n, shuffle=shuffle).rows(np.arange(3 * n))
     for epoch in range(3):
-        np.testing.assert_array_equal(np.sort(samples[epoch * n : (epoch + 1) * n]), np.arange(n))
+        np.testing.assert_array_equal(np.sort(rows[epoch * n : (epoch + 1) * n]), np.arange(n))
 
 
-@given(n=st.integers(1, 60), B=st.integers(1, 40), t=st.integers(0, 10**12), data=st.data())
-def test_rows_are_the_same_whoever_asks(n, B, t, data):
-    cut = data.draw(st.integers(0, B))
-    one = order(n, B)
-    np.testing.assert_array_equal(
-        np.concatenate([one.windows(t, range(cut)), one.windows(t, range(cut, B))]), one.windows(t, range(B))
-    )
-
-
-def test_the_global_batch_size_regroups_one_sequence():
-    small, large = order(50, 3), order(50, 12)
-    np.testing.assert_array_equal(np.concatenate(batches(small, 20)), np.concatenate(batches(large, 5)))
+@given(n=st.integers(1, 60), first=st.integers(0, 10**15), count=st.integers(1, 40), data=st.data())
+def test_rows_are_the_same_whoever_asks(n, first, count, data):
+    cut = data.draw(st.integers(0, count))
+    samples = first + np.arange(count)
+    one = order(n)
+    np.testing.assert_array_equal(np.concatenate([one.rows(samples[:cut]), one.rows(samples[cut:])]), one.rows(samples))
 
 
 def test_each_epoch_and_each_seed_has_its_own_order():
-    first, second = batches(order(100, 100), 2)
+    first, second = order(100).rows(np.arange(200)).reshape(2, 100)
     assert np.count_nonzero(first == second) < 10
-    assert np.count_nonzero(first == order(100, 100, seed=2).windows(0, range(100))) < 10
+    assert np.count_nonzero(first == order(100, seed=2).rows(np.arange(100))) < 10
 
 
-def test_without_shuffling_the_windows_come_in_turn():
-    assert order(5, 4, shuffle=False).windows(1, range(4)).tolist() == [4, 0, 1, 2]
+def test_without_shuffling_the_rows_come_in_turn():
+    assert order(5, shuffle=False).rows(np.arange(4, 8)).tolist() == [4, 0, 1, 2]
 
 
 def test_epoch_is_a_position():
-    assert order(200, 4).epoch(0) == 0
-    assert order(200, 4).epoch(68) == 1.36
+    assert order(200).epoch(0) == 0
+    assert order(200).epoch(272) == 1.36
+
+
+def test_shuffled_rows_read_what_the_order_says(make_stream):
+    rows = TokenWindows(make_stream([9, 30, 2]), seq_len=8)
+    samples = ShuffledRows(rows, seed=1, name="poems")
+    assert samples.row_count == 5
+    assert samples.epochs(7) == {"poems": 1.4}
+    batch = samples.read(np.array([3, NO_ROW, 12]))
+    assert batch["sample_ids"].tolist() == [*order(5).rows(np.array([3])), -1, *order(5).rows(np.array([12]))]
+    np.testing.assert_array_equal(batch["tokens"], rows.read(batch["sample_ids"])["tokens"])

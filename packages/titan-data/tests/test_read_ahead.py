@@ -5,6 +5,7 @@ import traceback
 
 import pytest
 
+from titan_data.errors import ReadingError
 from titan_data.read_ahead import ReadAhead
 
 
@@ -64,3 +65,26 @@ def test_a_forked_child_knows_that_it_has_no_thread_and_ends_quietly():
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     ahead.close()
+
+
+def test_a_result_that_does_not_come_is_an_error_that_says_where_the_thread_is():
+    answered = threading.Event()
+
+    def read(number):
+        if number == 1:
+            wait_for_a_disk(answered)
+        return number
+
+    ahead = ReadAhead(read, 0, depth=2, timeout_seconds=0.2)
+    assert ahead.take() == 0
+    with pytest.raises(ReadingError, match=r"has not come for 0\.2 seconds.*(?s:.*)in wait_for_a_disk"):
+        ahead.take()
+    ahead.close()  # waits for nobody
+    (thread,) = threads()
+    answered.set()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+
+
+def wait_for_a_disk(answered):
+    answered.wait()

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_data.windows import IGNORED_LABEL, NO_WINDOW, count_windows, cut_windows
+from titan_data.rows import IGNORED_LABEL, NO_ROW
+from titan_data.windows import TokenWindows, count_windows, cut_windows
 
 documents = st.lists(st.integers(1, 12), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) >= 2)
 
@@ -47,7 +48,7 @@ def test_every_token_but_the_first_is_predicted_once_from_the_one_before_it(make
 
 def test_an_example_to_read(make_stream):
     stream = make_stream([3, 4], eos_id=99)  # tokens 1 2 3 | 4 5 6 7
-    batch = cut_windows(stream, np.array([0, 1, NO_WINDOW]), seq_len=4)
+    batch = cut_windows(stream, np.array([0, 1, NO_ROW]), seq_len=4)
     assert batch["tokens"].tolist() == [[1, 2, 3, 4], [5, 6, 99, 99], [99, 99, 99, 99]]
     assert batch["labels"].tolist() == [[2, 3, 4, 5], [6, 7, -100, -100], [-100, -100, -100, -100]]
     assert batch["positions"].tolist() == [[0, 1, 2, 0], [0, 1, 0, 1], [0, 1, 2, 3]]
@@ -70,3 +71,13 @@ def test_refuses_what_cannot_be_cut():
         count_windows(1, 4)
     with pytest.raises(ValueError, match="at least 1 token"):
         count_windows(100, 0)
+
+
+def test_windows_are_rows(make_stream):
+    stream = make_stream([3, 4, 2, 8], eos_id=99)
+    rows = TokenWindows(stream, seq_len=4, confine_attention=False)
+    assert len(rows) == 4
+    assert (rows.seq_len, rows.tokens_per_row, rows.documents_per_row) == (4, 4, 1)
+    chosen = np.array([2, NO_ROW])
+    for name, array in cut_windows(stream, chosen, seq_len=4, confine_attention=False).items():
+        np.testing.assert_array_equal(rows.read(chosen)[name], array)

@@ -31,7 +31,7 @@ Proof: TypeAlias = Callable[[Place], Mapping[str, Json]]
 """Examines the written folder, before it is published, and returns what is to be remembered of that."""
 
 
-_FILES_AT_A_TIME = 4
+_FILES_AT_A_TIME = 2  # each is hashed on a core of its own; more only compete
 
 
 def no_progress(what: str, done: int, total: int) -> None:

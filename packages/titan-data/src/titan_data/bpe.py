@@ -15,9 +15,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from titan_data.cache import DamagedError, Progress, find_or_build
 from titan_data.errors import DataError
-from titan_data.reading import ReadCounts
-from titan_data.sources import Corpus
-from titan_data.tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer, library_threads
+from titan_data.hugging_face_tokenizer import HuggingFaceTokenizer
+from titan_data.source import Source, all_pieces, source_bytes
+from titan_data.threads import library_threads
+from titan_data.tokenizer import TOKENIZER_FILE
 
 # Text enough for tens of thousands of entries, and a few seconds of training.
 SAMPLE_BYTES = 32_000_000
@@ -27,7 +28,7 @@ _BYTES = 256
 _CONFIG_FILE = "tokenizer_config.json"
 
 
-def trained_bpe(corpus: Corpus, vocab_size: int, folder: Path, *, progress: Progress) -> HuggingFaceTokenizer:
+def trained_bpe(corpus: Source, vocab_size: int, folder: Path, *, progress: Progress) -> HuggingFaceTokenizer:
     """Returns the tokenizer of `vocab_size` entries for a corpus, training it once.
 
     Args:
@@ -55,7 +56,7 @@ def trained_bpe(corpus: Corpus, vocab_size: int, folder: Path, *, progress: Prog
     )
 
 
-def _train(folder: Path, corpus: Corpus, vocab_size: int, progress: Progress) -> None:
+def _train(folder: Path, corpus: Source, vocab_size: int, progress: Progress) -> None:
     progress(f"training a byte-level BPE of {vocab_size:,} entries on {corpus.describe()}")
     for name, content in train_bpe(_sample(corpus), vocab_size).items():
         with (folder / name).open("wb") as file:
@@ -87,11 +88,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
     return {TOKENIZER_FILE: tokenizer.to_str().encode(), _CONFIG_FILE: json.dumps(config, indent=2).encode()}
 
 
-def _sample(corpus: Corpus) -> Iterator[str]:
+def _sample(corpus: Source) -> Iterator[str]:
     """Every k-th piece, with the k that leaves about `SAMPLE_BYTES`; never much more, however uneven the pieces."""
-    stride = max(1, -(-corpus.size_bytes // SAMPLE_BYTES))
+    stride = max(1, -(-source_bytes(corpus) // SAMPLE_BYTES))
     left = SAMPLE_BYTES
-    for piece in itertools.islice(corpus.pieces(ReadCounts()), 0, None, stride):
+    for piece in itertools.islice(all_pieces(corpus), 0, None, stride):
         if left <= 0:
             return
         left -= len(piece.text)

@@ -43,15 +43,17 @@ def find_or_build(
     build: Callable[[Path], None],
     what: str,
     progress: Progress,
+    resume: bool = False,
 ) -> T:
     """Opens a cached folder, which exactly one process builds first if it is missing or damaged.
 
     Args:
         folder: where it stands, or will.
         open_folder: reads it; raises FileNotFoundError if it is not there and `DamagedError` if it is spoilt.
-        build: writes its content into an empty folder.
+        build: writes its content into a folder, which is empty but for what `resume` leaves in it.
         what: its name in messages, e.g. "token cache".
         progress: is told about waiting and rebuilding.
+        resume: leave to `build` what a killed or interrupted build has written; a failed one's goes all the same.
 
     Raises:
         DataError: if the cache cannot be written (permissions, a full disk).
@@ -67,14 +69,17 @@ def find_or_build(
             progress(f"the {what} {folder} is damaged ({damage}); building it again")
         # What a killed builder left behind goes first; holding the lock, nobody else is at work here.
         scratch = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+        if not resume:
+            shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(exist_ok=True)
         try:
             build(scratch)
             shutil.rmtree(folder, ignore_errors=True)
             scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        except BaseException as error:
+            if isinstance(error, Exception) or not resume:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
         return open_folder(folder)
 
 

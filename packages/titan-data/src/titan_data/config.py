@@ -9,6 +9,8 @@ from typing import Literal
 WHERE = {"part": "where"}
 HOW = {"part": "how"}
 
+Format = Literal["auto", "text", "jsonl", "parquet", "arrow"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -19,18 +21,25 @@ class DataConfig:
     """
 
     source: str = field(default="stdlib", metadata=WHERE)
-    """The corpus: "stdlib" (the source text of this machine's Python standard library), or a file, a folder or
-    a glob of text files (.txt, .md, .py, ...: one document a file) and .jsonl files (one document a line)."""
+    """The corpus: "stdlib" (the source text of this machine's Python standard library); a file, a folder, a glob or
+    a URL (s3://bucket/*.jsonl.gz) of text files (.txt, .md, .py, ...: one document a file) or .jsonl files (one
+    document a line), plain or as .gz or .zst, or of .parquet or .arrow files (one document a row); a folder written by
+    titan-tokenize or by Dataset.save_to_disk; "hf:OWNER/NAME[:CONFIG[:SPLIT]]", a dataset of the Hugging Face hub;
+    "c4" (allenai/c4, English), or "c4_test" (the folder tests/assets/c4_test)."""
 
-    format: Literal["auto", "text", "jsonl"] = field(default="auto", metadata=WHERE)
-    """How to read the files: "text", "jsonl", or "auto" (by suffix). In a folder it also says which files count."""
+    format: Format = field(default="auto", metadata=WHERE)
+    """How to read the files, or "auto": by suffix. In a folder it also says which files count."""
 
     text_field: str = "text"
-    """The field of a .jsonl line that holds the document's text."""
+    """The field of a .jsonl line, or the column of a table, that holds the document's text."""
+
+    template: str | None = None
+    """Instead of text_field: a document put together from several fields, e.g. "{question}\\n{answer}"."""
 
     tokenizer: str = field(default="bpe", metadata=WHERE)
     """The tokenizer: "bpe" trains a byte-level BPE on the corpus; anything else is the path of a Hugging Face
-    tokenizer.json or of a folder that holds one."""
+    tokenizer.json, of Meta's tokenizer.model for Llama 3, of a .tiktoken file, or of a folder that holds one. A folder
+    written by titan-tokenize has its own."""
 
     vocab_size: int = 4096
     """Entries of the trained BPE's vocabulary, bytes and special tokens included; only for tokenizer "bpe"."""
@@ -43,8 +52,11 @@ class DataConfig:
     """Read the windows of each epoch in a new random order instead of the corpus's own."""
 
     cache_dir: str | None = field(default=None, metadata=WHERE)
-    """Folder for tokens and trained tokenizers; default $TITAN_CACHE, else $XDG_CACHE_HOME/titan, else
-    ~/.cache/titan."""
+    """Folder for tokens, trained tokenizers and copies of remote files; default $TITAN_CACHE, else
+    $XDG_CACHE_HOME/titan, else ~/.cache/titan."""
+
+    tokenize_workers: int = field(default=1, metadata=HOW)
+    """Processes that tokenize a corpus which is not in the cache yet; 1: this process, with a thread for each core."""
 
     prefetch: int = field(default=2, metadata=HOW)
     """Batches that a background thread prepares ahead; 0 prepares each batch when it is asked for."""

@@ -1,9 +1,12 @@
-"""A corpus as a stream of tokens: found in the cache, or read and tokenized once.
+"""A corpus as a stream of tokens: found in the cache or in a folder of titan-tokenize, or read and tokenized once.
 
-corpus (content fingerprint) -> tokenizer (hash) -> token store, kept under the hash of both
+source (content fingerprint) -> tokenizer (hash) -> token store, kept under the hash of both
 """
 
-import hashlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,33 +14,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titan_data.bpe import trained_bpe
-from titan_data.cache import Progress, cache_directory, find_or_build
+from titan_data.cache import DamagedError, Progress, cache_directory, find_or_build
 from titan_data.config import DataConfig
 from titan_data.errors import DataError
-from titan_data.sources import Corpus, open_corpus
-from titan_data.token_store import TokenStore, build_store, open_store
+from titan_data.manifest import is_token_folder
+from titan_data.source import Source, source_bytes
+from titan_data.sources import open_source
+from titan_data.token_store import TokenStore, open_store
 from titan_data.tokenizer import Tokenizer, load_tokenizer
+from titan_data.tokenizing import messages, stream_fingerprint, tokenize_source
 
 TRAINED = "bpe"
-
-# Part of every fingerprint. It changes when the same documents and tokenizer come to give other tokens.
-_STREAM = "titan-data stream 1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDataset:
     """A tokenized corpus and the tokenizer it was made with; the `TokenStream` of a `BatchLoader`."""
 
-    fingerprint: str
-    """Equal if and only if documents, their order and the tokenizer are; wherever the files lie."""
-    corpus: Corpus
-    tokenizer: Tokenizer
     store: TokenStore
+    source: str
+    """Where the documents came from: one line."""
+    load_tokenizer: Callable[[], Tokenizer]
 
     @property
-    def tokens(self) -> NDArray[np.unsignedinteger]:
-        """All tokens: uint16 or uint32 [N], mapped from disk."""
-        return self.store.tokens
+    def fingerprint(self) -> str:
+        """Equal if and only if documents, their order and the tokenizer are; wherever the files lie."""
+        return self.store.manifest.fingerprint
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens; loaded when it is first asked for."""
+        return self.load_tokenizer()
+
+    @property
+    def token_count(self) -> int:
+        """How many tokens, end-of-text tokens included."""
+        return self.store.token_count
 
     @property
     def document_starts(self) -> NDArray[np.int64]:
@@ -47,48 +59,51 @@ class TokenDataset:
     @property
     def eos_id(self) -> int:
         """The token that ends each document."""
-        return self.tokenizer.eos_id
+        return self.store.eos_id
+
+    def copy_tokens(self, start: int, out: NDArray[np.integer]) -> None:
+        """Copies the tokens from `start` on into `out`, [T]."""
+        self.store.copy_tokens(start, out)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
-        return self.tokenizer.vocab_size
-
-    @property
-    def token_count(self) -> int:
-        """How many tokens, end-of-text tokens included."""
-        return len(self.tokens)
+        return self.store.manifest.tokenizer.vocab_size
 
     @property
     def document_count(self) -> int:
         """How many documents, not counting empty ones."""
-        return len(self.document_starts) - 1
+        return len(self.store)
 
     def describe(self) -> str:
         """Returns a small tree of where the tokens come from."""
-        meta = self.store.meta
+        manifest, tokenizer = self.store.manifest, self.store.manifest.tokenizer
         left_out = [
             f"{count:,} {what}"
             for count, what in (
-                (meta.empty_documents, "empty documents left out"),
-                (meta.skipped_files, "files skipped that are not UTF-8"),
+                (manifest.empty_documents, "empty documents left out"),
+                (manifest.skipped_files, "files skipped that are not UTF-8"),
             )
             if count
         ]
         documents = ", ".join([f"{self.token_count:,} tokens in {self.document_count:,} documents", *left_out])
+        size = sum(shard.file.size_bytes for shard in manifest.shards)
         return (
             f"data {self.fingerprint[:12]}: {documents}\n"
-            f"├── corpus: {self.corpus.describe()}\n"
-            f"├── tokenizer: {self.tokenizer.describe()}\n"
-            f"└── cache: {self.store.folder} ({meta.token_type}, {self.tokens.nbytes / 1e6:,.1f} MB)"
+            f"├── source: {self.source}\n"
+            f"├── tokenizer: {tokenizer.name}: {tokenizer.vocab_size:,} tokens, end of text is {tokenizer.eos_id}, "
+            f"hash {tokenizer.hash[:12]}, ran on {tokenizer.engine}\n"
+            f"└── tokens: {self.store.folder} ({manifest.token_type}, {len(manifest.shards):,} shards, "
+            f"{size / 1e6:,.1f} MB)"
         )
 
 
-def open_dataset(config: DataConfig, *, progress: Progress | None = None) -> TokenDataset:
+def open_dataset(config: DataConfig, *, source: Source | None = None, progress: Progress | None = None) -> TokenDataset:
     """Finds a corpus's tokens in the cache, or tokenizes it first; safe to call from many processes at once.
 
     Args:
         config: what to read, and where to keep it.
+        source: reads these documents instead of those that `config.source` names.
         progress: is called with a line of text about whatever takes time; nothing is printed by itself.
 
     Raises:
@@ -97,29 +112,63 @@ def open_dataset(config: DataConfig, *, progress: Progress | None = None) -> Tok
     """
     progress = progress or (lambda message: None)
     cache = cache_directory(config.cache_dir)
-    if config.tokenizer != TRAINED and config.vocab_size != DataConfig.vocab_size:
+    if source is None and is_token_folder(Path(config.source).expanduser()):
+        return _open_tokens(config)
+    source = source or open_source(config, cache=cache, progress=progress)
+    tokenizer = open_tokenizer(config, source, cache=cache, progress=progress)
+    store = find_or_build(
+        cache / "tokens" / stream_fingerprint(source, tokenizer)[:32],
+        open_folder=open_store,
+        build=lambda folder: _tokenize(folder, source, tokenizer, config.tokenize_workers, progress),
+        what="token cache",
+        progress=progress,
+        resume=True,
+    )
+    return TokenDataset(store=store, source=source.describe(), load_tokenizer=lambda: tokenizer)
+
+
+def open_tokenizer(config: DataConfig, source: Source, *, cache: Path, progress: Progress) -> Tokenizer:
+    """Loads the tokenizer that a configuration names, or trains it on the source.
+
+    Raises:
+        NotFoundError: if it is not there.
+        DataError: if it cannot be used, or an option cannot take effect.
+    """
+    if config.tokenizer == TRAINED:
+        return trained_bpe(source, config.vocab_size, cache / "tokenizers", progress=progress)
+    if config.vocab_size != DataConfig.vocab_size:
         raise DataError(
             f"data.vocab_size is {config.vocab_size}, but only a trained BPE has a vocabulary to choose the size of. "
             f"Leave it out, or set data.tokenizer to {TRAINED!r}."
         )
-    corpus = open_corpus(
-        config.source,
-        format=config.format,
-        text_field=config.text_field,
-        memory=cache / "files",
-        progress=progress,
-    )
-    if config.tokenizer == TRAINED:
-        tokenizer = trained_bpe(corpus, config.vocab_size, cache / "tokenizers", progress=progress)
-    else:
-        tokenizer = load_tokenizer(Path(config.tokenizer))
-    identity = f"{_STREAM}, corpus {corpus.fingerprint}, tokenizer {tokenizer.hash}"
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    store = find_or_build(
-        cache / "tokens" / fingerprint[:32],
-        open_folder=open_store,
-        build=lambda folder: build_store(folder, corpus, tokenizer, progress=progress),
-        what="token cache",
-        progress=progress,
-    )
-    return TokenDataset(fingerprint=fingerprint, corpus=corpus, tokenizer=tokenizer, store=store)
+    return load_tokenizer(Path(config.tokenizer))
+
+
+def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, workers: int, progress: Progress) -> None:
+    began = time.monotonic()
+    size = source_bytes(source)
+    progress(f"tokenizing {source.describe()}")
+    report = messages(progress, size)
+    manifest = tokenize_source(folder, source, tokenizer, workers=workers, report=report)
+    seconds = time.monotonic() - began
+    progress(f"tokenized {size / 1e6:,.1f} MB into {manifest.tokens:,} tokens in {seconds:.1f} s")
+
+
+def _open_tokens(config: DataConfig) -> TokenDataset:
+    """Opens a folder that titan-tokenize wrote."""
+    folder = Path(config.source).expanduser().absolute()
+    for name in ("format", "text_field", "template", "vocab_size"):
+        default = next(field.default for field in dataclasses.fields(DataConfig) if field.name == name)
+        if getattr(config, name) != default:
+            raise DataError(f"data.{name} is set, but {config.source} is tokenized already. Leave it at its default.")
+    try:
+        store = open_store(folder)
+    except DamagedError as error:
+        raise DataError(f"the tokens in {folder} are damaged ({error}). Copy or tokenize them again.") from error
+    record = store.manifest.tokenizer
+    if config.tokenizer != TRAINED and load_tokenizer(Path(config.tokenizer)).hash != record.hash:
+        raise DataError(
+            f"{config.source} was tokenized by {record.name}, which is another tokenizer than data.tokenizer "
+            f"{config.tokenizer!r}. Leave data.tokenizer out: the folder has its own."
+        )
+    return TokenDataset(store=store, source=store.manifest.source, load_tokenizer=store.load_tokenizer)

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,35 @@ class FileHash(NamedTuple):
         """Returns whether the file has kept its size and time of change."""
         status = path.stat()
         return (status.st_size, status.st_mtime_ns) == (self.size_bytes, self.mtime_ns)
+
+
+@dataclass(frozen=True)
+class LocalContent:
+    """A file on this machine, as it was when it was hashed; the `Content` of a `SourceFile`."""
+
+    path: Path
+    hash: FileHash
+
+    @property
+    def size_bytes(self) -> int:
+        """Its size."""
+        return self.hash.size_bytes
+
+    @property
+    def sha256(self) -> str:
+        """Its hash, in hexadecimal."""
+        return self.hash.sha256
+
+    def local(self) -> Path:
+        """Returns where it is."""
+        return self.path
+
+    def check_unchanged(self) -> None:
+        """Raises DataError if it has changed since it was hashed."""
+        if not self.hash.still_describes(self.path):
+            raise DataError(
+                f"{self.path} changed while it was being read. Start again when nothing writes to the corpus."
+            )
 
 
 def hash_files(paths: Sequence[Path], memory: Path, *, progress: Progress) -> list[FileHash]:

@@ -6,23 +6,22 @@ first: n = ceil((N - 1) / S) windows cover N tokens, and each token but the stre
 epoch. The last window may be short; it is padded, and padding has no loss.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from titan_data.errors import DataError
-
-IGNORED_LABEL = -100
-NO_WINDOW = -1
+from titan_data.rows import IGNORED_LABEL, NO_ROW, RowArrays
 
 
+@runtime_checkable
 class TokenStream(Protocol):
     """Documents' tokens in a row, on disk or in memory."""
 
     @property
-    def tokens(self) -> NDArray[np.unsignedinteger]:
-        """All N tokens: any unsigned integer type [N]."""
+    def token_count(self) -> int:
+        """How many tokens there are: N."""
         ...
 
     @property
@@ -34,6 +33,45 @@ class TokenStream(Protocol):
     def eos_id(self) -> int:
         """The token that ends each document; padding is made of it."""
         ...
+
+    def copy_tokens(self, start: int, out: NDArray[np.integer]) -> None:
+        """Copies the tokens from `start` on into `out`, [T], in time that does not depend on `start`."""
+        ...
+
+
+class TokenWindows:
+    """The windows of a token stream; `Rows`."""
+
+    def __init__(self, stream: TokenStream, *, seq_len: int, confine_attention: bool = True) -> None:
+        """Cuts a stream into windows of `seq_len` tokens.
+
+        Raises:
+            ValueError: if `seq_len` is below 1.
+            DataError: if there are fewer than 2 tokens: nothing to predict.
+        """
+        self._count = count_windows(stream.token_count, seq_len)
+        self.stream, self.seq_len, self.confine_attention = stream, seq_len, confine_attention
+
+    def __getstate__(self) -> dict[str, object]:
+        # A process that only reads windows needs no tokenizer, which a `TokenDataset` has beside its store.
+        return self.__dict__ | {"stream": getattr(self.stream, "store", self.stream)}
+
+    @property
+    def tokens_per_row(self) -> float:
+        """All windows but the last are full."""
+        return self.seq_len
+
+    @property
+    def documents_per_row(self) -> float:
+        """How many documents there are for each window."""
+        return (len(self.stream.document_starts) - 1) / self._count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, rows: NDArray[np.int64]) -> RowArrays:
+        """Returns these windows, as `cut_windows` does."""
+        return cut_windows(self.stream, rows, seq_len=self.seq_len, confine_attention=self.confine_attention)
 
 
 def count_windows(token_count: int, seq_len: int) -> int:
@@ -52,12 +90,12 @@ def count_windows(token_count: int, seq_len: int) -> int:
 
 def cut_windows(
     stream: TokenStream, windows: NDArray[np.int64], *, seq_len: int, confine_attention: bool = True
-) -> dict[str, NDArray[np.int64]]:
+) -> RowArrays:
     """Returns the rows of a batch: the chosen windows of the stream.
 
     Args:
         stream: the tokens and where their documents begin.
-        windows: int64 [R], one window a row; `NO_WINDOW` makes a row of nothing but padding.
+        windows: int64 [R], one window a row; `NO_ROW` makes a row of nothing but padding.
         seq_len: tokens in a row, S.
         confine_attention: count documents within each row; if false, a row is one document.
 
@@ -67,15 +105,16 @@ def cut_windows(
         `document_ids`, 0, 1, 2, ... within the row, where padding is a document of its own.
     """
     R, S = len(windows), seq_len
-    starts = np.where(windows == NO_WINDOW, len(stream.tokens) - 1, windows * S)
-    lengths = np.minimum(len(stream.tokens) - 1 - starts, S)
+    starts = np.where(windows == NO_ROW, stream.token_count - 1, windows * S)
+    lengths = np.minimum(stream.token_count - 1 - starts, S)
 
     # One allocation, because the allocator returns several large ones to the system and has to ask for them again,
     # page by page, for each batch.
     tokens, labels, positions, document_ids = np.empty((4, R, S), dtype=np.int64)
+    both = np.empty(S + 1, dtype=np.int64)
     for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        tokens[row, :length] = stream.tokens[start : start + length]
-        labels[row, :length] = stream.tokens[start + 1 : start + length + 1]
+        stream.copy_tokens(start, both[: length + 1])
+        tokens[row], labels[row] = both[:-1], both[1:]
         tokens[row, length:] = stream.eos_id
         labels[row, length:] = IGNORED_LABEL
 
