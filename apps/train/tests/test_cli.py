@@ -75,7 +75,7 @@ def test_print_config_shows_what_overrides_changed(capsys):
     ("world_size", "arguments", "message"),
     [
         (4, ["--parallel.tp", "3"], "parallel.tp 3 does not divide the 4 ranks; use one of [1, 2, 4]"),
-        (4, ["--parallel.dp-shard", "2"], "2 ranks, but 4 were started; start 2 ranks"),
+        (4, ["--parallel.dp-shard", "2"], "dp_shard 2 is a layout for 2 ranks, not for 4 ranks"),
         (64, [], "training.global_batch_size 8 is smaller than the 64 data-parallel ranks"),
         (1, ["--training.seq-len", "0"], "training.seq_len is 0; it must lie between 1 and 16,777,216"),
         (1, ["--optimizer.lr", "nan"], "optimizer.lr is nan; it must lie between 0 and"),
