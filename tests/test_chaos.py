@@ -99,8 +99,14 @@ def wait_for_a_save(output):
     return False
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("kills", [pytest.param(3), pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "kills"),
+    [
+        pytest.param(name, kills, marks=pytest.mark.slow if kills == 40 or name == "one process" else ())
+        for kills in (3, 40)
+        for name in KINDS
+    ],
+)
 def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tiny, tmp_path, name, kills):
     world_size, changes = KINDS[name]
     config = change(tiny, **{"checkpoint.every": EVERY, "training.steps": 60 + 6 * kills, **changes})
