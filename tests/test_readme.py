@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from titan_ckpt.manifest import Manifest
+from titan_ckpt.place import LocalPlace
+from titan_models import model_file
 from titan_models.facts import parameter_count
 from titan_train.cli import run
 from titan_train.config_file import to_json
@@ -31,11 +34,22 @@ def test_every_command_is_understood(ranks, arguments, tmp_path, monkeypatch, ca
     monkeypatch.setenv("WORLD_SIZE", ranks)
     Path("runs/mine").mkdir(parents=True)
     Path("runs/mine/config.json").write_text(to_json(llama3.llama3_debug()))
+    for weights in ("runs/mine/checkpoints/step-1", "qwen3"):
+        write_checkpoint(Path(weights), llama3.llama3_debug().model)
     if "--help" in arguments:
         with pytest.raises(SystemExit, match="0"):
             run(arguments)
     else:
         assert run([*arguments, "--print-config"]) == 0, capsys.readouterr().err
+
+
+def write_checkpoint(folder, model):
+    """As much of one as tells which model it holds."""
+    (folder / "files").mkdir(parents=True)
+    files = {"files/model.json": model_file.to_json(model).encode(), "files/tokenizer.json": b"{}"}
+    records = {name: LocalPlace(folder).write(name, content) for name, content in files.items()}
+    manifest = Manifest(step=1, world_size=1, state=("model",), per_rank=(), meta={}, versions={}, files=records)
+    LocalPlace(folder).write("manifest.json", manifest.to_bytes())
 
 
 def test_the_first_command_is_among_them():
