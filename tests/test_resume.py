@@ -17,10 +17,12 @@ LAYOUTS = {
 
 @pytest.fixture
 def saving(tiny):
-    return change(tiny, **{"checkpoint.every": 5})
+    return change(tiny, **{"checkpoint.every": 5, "checkpoint.asynchronous": False})
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("fsdp 4", "hsdp 2x2") else ()) for name in LAYOUTS]
+)
 def test_killed_and_restarted_on_the_same_layout_is_bitwise_equal(saving, tmp_path, name):
     world_size, changes = LAYOUTS[name]
     whole = train(saving, tmp_path / "whole", world_size, **changes)
