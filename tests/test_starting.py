@@ -227,6 +227,14 @@ def test_a_run_exports_what_transformers_loads(tiny, tmp_path, name):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.dtype == torch.bfloat16
+    changed = bytearray((data := next(folder.glob("model-*.safetensors"))).read_bytes())
+    changed[-1] ^= 1
+    (copy := tmp_path / "copy").mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(bytes(changed) if file == data else file.read_bytes())
+    damaged = find_origin(str(copy))
+    with pytest.raises(CheckpointError, match=data.name):
+        weights_of(change(tiny, model=damaged.model), damaged)
     # What was exported starts a run of the same model, with the weights rounded.
     origin = find_origin(str(folder))
     again = weights_of(change(tiny, model=origin.model), origin)

@@ -55,3 +55,8 @@ def test_retiring_is_the_same_everywhere(anywhere: str) -> None:
     assert [folder.name for folder in candidates(anywhere)][:3] == ["step-30", "step-6", "step-5"]
     assert is_checkpoint(place / "step-2")
     assert not is_checkpoint(place / "step-4")
+
+
+@pytest.mark.parametrize("name", ["step-007", "step-0000", "step-\u0664", "step-1.again-1"])
+def test_names_that_are_not_written_by_us_are_strangers(name):
+    assert step_of(name) is None

@@ -7,10 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from titan_ckpt.checkpoint import open_checkpoint
+from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.keymap import ModelFacts
 from titan_ckpt.lazy import LazyTensor
+from titan_ckpt.place import Place
 from titan_ckpt.plan import UnfitSourceError
+from titan_ckpt.survey import verify
 from titan_ckpt.translate import Native, from_dcp, from_hugging_face
+from titan_ckpt.world import RanksFailedError, World
 from titan_core.shards import local, owned
 from titan_models.config import DecoderConfig
 from titan_models.facts import shared_names, state_shapes
@@ -30,12 +34,24 @@ def load_weights(model: nn.Module, origin: Origin, *, verify_hashes: bool = True
     """
     if origin.is_checkpoint:
         open_checkpoint(origin.place, verify_hashes=verify_hashes)
+    elif verify_hashes:
+        _verify_folder(origin.place)
     weights = _native(origin)
     if weights.problems:
         raise UnfitSourceError(origin.place, weights.problems)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in weights.mapped.tensors:
             _fill(tensor, weights.mapped.tensors[name])
+
+
+def _verify_folder(place: Place) -> None:
+    """Compares a folder of somebody else's format with the hashes that it came with, if it did."""
+    try:
+        problems, _ = World().first(lambda: verify(place))
+    except RanksFailedError as error:
+        raise CheckpointError(f"{place} could not be verified: {error}") from error
+    if problems:
+        raise DamagedCheckpointError(place, problems)
 
 
 def facts_of(config: DecoderConfig) -> ModelFacts:

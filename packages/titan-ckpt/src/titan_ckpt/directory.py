@@ -18,7 +18,7 @@ from titan_ckpt.place import Location, Place, place_of
 
 Report = Callable[[str], None]
 
-_CHECKPOINT = re.compile(r"step-(?P<step>\d+)(?:\.again-(?P<attempt>[0-9a-f]{8}))?")
+_CHECKPOINT = re.compile(r"step-(?P<step>0|[1-9][0-9]*)(?:\.again-(?P<attempt>[0-9a-f]{8}))?")
 
 
 def step_name(step: int, attempt: int = 0) -> str:

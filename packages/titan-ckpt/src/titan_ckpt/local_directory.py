@@ -11,7 +11,7 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.place import LocalPlace, Place
 from titan_ckpt.storage import SCRATCH_PATTERN, discard, publish, scratch
 
-_SCRATCH = re.compile(rf"(?P<final>step-\d+(?:\.again-[0-9a-f]{{8}})?)(?:{SCRATCH_PATTERN})+")
+_SCRATCH = re.compile(rf"(?P<final>step-(?:0|[1-9][0-9]*)(?:\.again-[0-9a-f]{{8}})?)(?:{SCRATCH_PATTERN})+")
 
 
 class LocalDirectory(Directory):
