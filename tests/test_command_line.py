@@ -18,6 +18,7 @@ from titan_ckpt.checkpointer import Checkpointer
 from titan_train import trainer
 from titan_train.config_file import to_json
 from titan_train.interrupt import Interrupt
+from titan_train.run_directory import RunDirectory
 
 TINY_FLAGS = [
     "--model.vocab-size=300",
@@ -58,7 +59,9 @@ def test_a_run_without_an_output_names_its_own_directory(corpus, tmp_path):
     assert result.returncode == 0, result.stderr
     (directory,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"llama3_debug-\d{8}-\d{6}", directory.name)
-    assert "Try next: " in result.stdout
+    hint = re.search(r"Try next: (--config \S+ --training.steps \d+)", result.stdout)
+    longer = titan_train(*hint[1].split(), setup=lambda: os.chdir(tmp_path))
+    assert "Resumed from" in longer.stdout, longer.stderr
     assert "tok/s" in result.stdout
     assert "eta" in result.stdout
     assert (directory / "checkpoints" / "step-3" / "files" / "tokenizer.json").exists()
@@ -327,6 +330,23 @@ def test_a_second_writer_is_refused(tiny, tmp_path):
     assert f"in use by another titan-train (process {first.pid}" in refused(titan_train("--config", path))
     first.kill()
     first.wait()
+
+
+def test_one_directory_of_checkpoints_takes_one_run_at_a_time(tiny, tmp_path):
+    config = change(tiny, output=str(tmp_path / "a"), **{"checkpoint.directory": str(tmp_path / "shared")})
+    (tmp_path / "config.json").write_text(to_json(config))
+    holder = RunDirectory(tmp_path / "shared")
+    holder.claim()
+    assert "is in use by another titan-train" in refused(titan_train("--config", tmp_path / "config.json"))
+    holder.release()
+    result = titan_train("--config", tmp_path / "config.json")
+    assert f"weights in {tmp_path / 'shared'}" in result.stdout, result.stderr
+
+
+def test_a_reader_may_leave_early():
+    piped = f"{sys.executable} -m titan_train --help | head -1"
+    result = subprocess.run(piped, shell=True, capture_output=True, text=True, check=True)
+    assert (result.stderr, len(result.stdout.splitlines())) == ("", 1)
 
 
 def test_a_full_disk_while_saving_loses_nothing(tiny, tmp_path):

@@ -1,7 +1,9 @@
 """A new run that starts from weights: of a run, a checkpoint or a Hugging Face folder, whatever its layout."""
 
 import json
+import shutil
 
+import fsspec
 import pytest
 import torch
 import transformers
@@ -148,7 +150,8 @@ def test_another_model_than_the_weights_are_of_is_refused(folder, flags, message
 def test_what_holds_no_weights_is_refused(tiny, folder, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("nothing")
-    for place in (tmp_path / "text", tmp_path / "nowhere", "strange://bucket/run"):
+    file = next(folder.glob("*.safetensors"))
+    for place in (tmp_path / "text", tmp_path / "nowhere", file, "strange://bucket/run"):
         result = titan_train("--checkpoint.init-from", place, *FLAGS)
         assert result.returncode == 2, place
         assert result.stderr.startswith("titan-train: "), result.stderr
@@ -244,6 +247,49 @@ def test_a_run_exports_what_transformers_loads(tiny, tmp_path, name):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer.encode("some words")).endswith("some words")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_an_export_that_failed_or_is_asked_for_late_is_made_up_for(tiny, tmp_path):
+    run = tmp_path / "run"
+    path = tmp_path / "config.json"
+    path.write_text(to_json(change(tiny, output=str(run), **{"training.steps": 2, "export": EXPORT})))
+    (in_the_way := run / "hugging_face" / "step-2").mkdir(parents=True)
+    (in_the_way / "notes.txt").write_text("precious")
+    failed = titan_train("--config", path)
+    assert failed.returncode == 1
+    assert (in_the_way / "notes.txt").exists()
+    in_the_way.rename(tmp_path / "elsewhere")
+    again = titan_train("--config", path)
+    assert "Exported" in again.stdout, again.stderr
+    assert "This run is finished" in again.stdout
+    assert (in_the_way / "model.safetensors.index.json").exists()
+    assert "Exported" not in titan_train("--config", path).stdout
+
+
+def test_a_run_stands_alone_once_it_has_begun(corpus, folder, tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(folder, source)
+    start = ["--checkpoint.init-from", source, *FLAGS, "--data.source", corpus, "--output", run]
+    assert titan_train(*start).returncode == 0
+    other = titan_train("--checkpoint.init-from", folder, *start[2:], "--training.steps=3")
+    assert other.returncode == 2
+    assert f"has begun from {source}, so --checkpoint.init-from {folder} would have no effect" in other.stderr
+    shutil.rmtree(source)
+    for same in (start, ["--config", run / "config.json"]):
+        steps = len(metrics(run)) + 2
+        result = titan_train(*same, f"--training.steps={steps}")
+        assert "Resumed from" in result.stdout, result.stderr
+
+
+def test_weights_behind_a_url_bring_their_tokenizer(s3_server, corpus, folder, tmp_path):
+    bucket = fsspec.filesystem("s3")
+    bucket.put(str(folder), "titan/llama", recursive=True)
+    start = ["--checkpoint.init-from", "s3://titan/llama", *FLAGS, "--data.source", corpus]
+    result = titan_train(*start, "--output", tmp_path / "run")
+    assert "Started from the weights in s3://titan/llama" in result.stdout, result.stderr
+    local = titan_train("--checkpoint.init-from", folder, *start[2:], "--output", tmp_path / "local")
+    assert local.returncode == 0, local.stderr
+    assert curve(metrics(tmp_path / "run")) == curve(metrics(tmp_path / "local"))
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):

@@ -23,11 +23,15 @@ def test_the_first_signal_only_asks(number, vote):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_before_there_is_anything_to_save_a_process_alone_ends_at_once(number):
-    with Interrupt(alone=True), pytest.raises(Preempted):
+def test_while_a_run_starts_a_process_alone_ends_at_the_next_check(number):
+    with Interrupt(alone=True) as interrupt:
+        interrupt.check()
         os.kill(os.getpid(), number)
+        with pytest.raises(Preempted):
+            interrupt.check()
     with Interrupt(alone=False) as interrupt:
         os.kill(os.getpid(), number)
+        interrupt.check()
         assert interrupt.vote == Votes(preempted=1)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
@@ -11,12 +10,11 @@ from pathlib import Path
 
 import tyro
 
-from titan_data.config import DataConfig
 from titan_train.config import TrainConfig
-from titan_train.config_file import RUN_CONFIG, read_config, to_json
+from titan_train.config_file import to_json
+from titan_train.configure import configure
 from titan_train.interrupt import Interrupt, Preempted
-from titan_train.origin import check_origin, find_origin
-from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, builtin_modules, load_config
+from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, builtin_modules
 from titan_train.validate import validate
 
 _DESCRIPTION = """\
@@ -31,10 +29,14 @@ Trains a model. Start it with torchrun for more than one process:
 --world-size N   the number of ranks that --explain and --dry-run suppose (default: those that were started)
 """
 
-_NO_TOKENIZER = DataConfig.tokenizer  # it is trained on the run's own text
-
 # What follows from the configuration or from what ranks have agreed on, so that all of them raise it.
-_RAISED_BY_ALL = ("titan_train.validate", "titan_train.resume", "titan_train.origin", "titan_ckpt.")
+_RAISED_BY_ALL = (
+    "titan_train.validate",
+    "titan_train.resume",
+    "titan_train.origin",
+    "titan_train.configure",
+    "titan_ckpt.",
+)
 
 _FAILED, _USAGE, _PREEMPTED, _INTERRUPTED = 1, 2, 75, 130  # 75: EX_TEMPFAIL, "try again later"
 
@@ -45,14 +47,21 @@ class UsageError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `titan-train`; exits with 0, 1 (failed), 2 (wrong usage), 75 (preempted) or 130 (interrupted)."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    try:
+        code = run(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read it has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Like `main`, but returns the exit code of everything except wrong usage."""
     try:
         chosen, rest = _first_stage(arguments)
-        config = resolve(_configured(chosen, rest))
+        config = configure(chosen.module, chosen.config, rest, override=_second_stage)
         world_size = _supposed_world_size(chosen)
         validate(config, world_size)
         if chosen.print_config:
@@ -77,38 +86,6 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         _complain(error)
         return _USAGE if rehearsing and isinstance(error, ValueError) else _FAILED
-
-
-def _configured(chosen: argparse.Namespace, rest: Sequence[str]) -> TrainConfig:
-    """The chosen configuration with the overrides; its model is that of the weights it starts from, if there are."""
-    base = load_config(chosen.module or DEFAULT_MODULE, chosen.config or DEFAULT_CONFIG)
-    location = _given(rest, "checkpoint.init-from") or base.checkpoint.init_from
-    if location is None:
-        return _second_stage(base, rest)
-    output = _given(rest, "output") or base.output
-    recorded = _recorded_config(Path(output)) if output else None
-    origin = None
-    if recorded:  # once a run has begun, its own directory says what it is of
-        before = read_config(recorded)
-        model, tokenizer = before.model, before.data.tokenizer
-    else:
-        origin = find_origin(location)
-        model, tokenizer = origin.model, origin.tokenizer or _NO_TOKENIZER
-    if chosen.module is None and chosen.config is None:
-        base = dataclasses.replace(base, model=model)
-    if base.data.tokenizer == _NO_TOKENIZER:
-        base = dataclasses.replace(base, data=dataclasses.replace(base.data, tokenizer=tokenizer))
-    config = _second_stage(base, rest)
-    if origin is not None:
-        check_origin(config, origin)
-    return config
-
-
-def _given(arguments: Sequence[str], field: str) -> str | None:
-    """What the command line says of a field, before the rest of it is understood."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{field}", f"--{field.replace('-', '_')}", dest="value")
-    return parser.parse_known_args(arguments)[0].value
 
 
 def _exit_code(ended_by: signal.Signals | None) -> int:
@@ -195,21 +172,6 @@ def _said_once() -> Iterator[None]:
         contextlib.redirect_stdout(nowhere),
     ):
         yield
-
-
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fills in what follows from elsewhere: the end of the decay is fixed by the run's first start."""
-    if config.schedule.total_steps is not None:
-        return config
-    first = _recorded_config(Path(config.output)) if config.output else None
-    total = read_config(first).schedule.total_steps if first else config.training.steps
-    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, total_steps=total))
-
-
-def _recorded_config(run_directory: Path) -> Path | None:
-    """The configuration that a run left in its directory or, should that be lost, in a checkpoint."""
-    places = [run_directory / "config.json", *run_directory.glob(f"checkpoints/step-*/files/{RUN_CONFIG}")]
-    return next((place for place in places if place.is_file()), None)
 
 
 def _run_name(config: str) -> str:

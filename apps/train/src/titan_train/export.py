@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.layouts import SEAL_NAME
 from titan_ckpt.place import Place
 from titan_ckpt.plan import Plan
 from titan_ckpt.translate import from_dcp, to_hugging_face
@@ -31,7 +32,7 @@ def export(config: TrainConfig, checkpoint: Place, *, tokenizer: Mapping[str, by
         CheckpointError: on every rank, if any could not write its part.
     """
     world = World()
-    folder = Path(config.output or "", "hugging_face", checkpoint.name)
+    folder = _folder(config, checkpoint)
     dtype = config.export.dtype or config.precision.master_dtype
     values = hugging_face.to_hugging_face(config.model, dtype, {"eos_token_id": eos_id})
     generation = {"_from_model_config": True, "eos_token_id": eos_id}
@@ -48,6 +49,15 @@ def export(config: TrainConfig, checkpoint: Place, *, tokenizer: Mapping[str, by
     except RanksFailedError as error:
         raise CheckpointError(f"Exporting {checkpoint} to {folder} failed: {error}") from error
     return folder
+
+
+def is_exported(config: TrainConfig, checkpoint: Place) -> bool:
+    """Whether `export` has been done for a checkpoint, to its end."""
+    return (_folder(config, checkpoint) / SEAL_NAME).is_file()
+
+
+def _folder(config: TrainConfig, checkpoint: Place) -> Path:
+    return Path(config.output or "", "hugging_face", checkpoint.name)
 
 
 def _carry_out(plan: Plan, world: World, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Signals that ask a run to save and end: SIGTERM and SIGUSR1, by which clusters take machines back, and Ctrl-C."""
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ class Preempted(KeyboardInterrupt):
 class Interrupt:
     """While open, SIGTERM and SIGUSR1 don't end the process; `received` says whether, and which, one has come.
 
-    A process that is `alone` and not yet `deferred` ends at once, with `Preempted`. Among other ranks it would leave
-    them waiting, so there the signal is only noted, and all ranks end together when they next agree.
+    A signal is only noted: an error raised in the middle of whatever runs, an import for instance, would come out as
+    anything. A process that is `alone` ends at the next `check`; ranks end together, when they next agree.
     """
 
     def __init__(self, *, alone: bool) -> None:
@@ -33,6 +34,15 @@ class Interrupt:
     def vote(self) -> Votes:
         """What this rank has to say when ranks agree."""
         return Votes(by_hand=int(self.received == signal.SIGINT), preempted=int(self.received in _PREEMPTING))
+
+    def check(self) -> None:
+        """Called between the parts of a start: ends it if this process is alone.
+
+        Raises:
+            Preempted: if a signal has come.
+        """
+        if self._alone and self.received is not None:
+            raise Preempted
 
     def __enter__(self) -> Self:
         for number in _PREEMPTING:
@@ -59,10 +69,13 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self.received = self.received is None, self.received or signal.Signals(number)
-        if self._alone and not self._deferring:
-            raise Preempted
         # The default action ends the process even while it waits inside a collective, where Python cannot.
         if self._deferring:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if first:
-            sys.stderr.write("\nStopping after this step and saving; press Ctrl-C again to exit at once.\n")
+            says = (
+                "after this step and saving; press Ctrl-C again to exit at once"
+                if self._deferring
+                else "before training"
+            )
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\nStopping {says}.\n".encode())

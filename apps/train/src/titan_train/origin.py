@@ -4,20 +4,25 @@ The model's configuration travels with its weights, so that a run which starts f
 disagree with them. Imports no torch.
 """
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 
 from titan_ckpt.directory import candidates, step_of
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.manifest import MANIFEST_NAME, Manifest
 from titan_ckpt.place import Place, place_of
+from titan_data.cache import cache_directory
 from titan_data.config import DataConfig
 from titan_models import hugging_face, model_file
 from titan_models.config import DecoderConfig, ModelConfigError
 from titan_train.config import TrainConfig
 from titan_train.parts import differences
 
-_TOKENIZER = "tokenizer.json"
+# What a tokenizer is loaded from, the first that is there, and what may stand beside it.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Fields that say how a model is trained further, not what its weights compute.
 _FREE = ("init_std", "moe.balance_loss", "moe.z_loss", "moe.bias_update_rate")
 
@@ -37,7 +42,7 @@ class Origin:
     is_checkpoint: bool
     """Which of the two."""
     tokenizer: str | None
-    """The local path of the tokenizer that goes with them, if there is one."""
+    """The path, on this machine, of the tokenizer that goes with them, if there is one."""
 
 
 def find_origin(location: str) -> Origin:
@@ -54,14 +59,20 @@ def find_origin(location: str) -> Origin:
 
 
 def _origin(place: Place) -> Origin:
+    if place.path is not None and place.path.is_file():
+        raise OriginError(f"--checkpoint.init-from {place}: this is a file; name the folder that it is in.")
     names = place.files()
     if not names:
         raise OriginError(f"--checkpoint.init-from {place}: there is nothing.")
     if MANIFEST_NAME in names:
         return _of_checkpoint(place)
     if hugging_face.CONFIG_FILE in names and any("/" not in name and name.endswith(".safetensors") for name in names):
-        config = hugging_face.from_hugging_face(json.loads(place.read(hugging_face.CONFIG_FILE)))
-        return Origin(place=place, model=config, is_checkpoint=False, tokenizer=_tokenizer(place, names))
+        try:
+            values = json.loads(place.read(hugging_face.CONFIG_FILE))
+        except ValueError as error:
+            raise OriginError(f"{place}/{hugging_face.CONFIG_FILE} is not JSON: {error}.") from error
+        config = hugging_face.from_hugging_face(values)
+        return Origin(place=place, model=config, is_checkpoint=False, tokenizer=tokenizer_in(place))
     for directory in (place / "checkpoints", place):
         for folder in candidates(directory):
             if _looks_whole(folder):
@@ -82,11 +93,27 @@ def _of_checkpoint(place: Place) -> Origin:
             f"files/{model_file.MODEL_FILE}). Convert it with titan-convert, which writes one."
         )
     model = model_file.from_json(files.read(model_file.MODEL_FILE))
-    return Origin(place=place, model=model, is_checkpoint=True, tokenizer=_tokenizer(files, names))
+    return Origin(place=place, model=model, is_checkpoint=True, tokenizer=tokenizer_in(files))
 
 
-def _tokenizer(place: Place, names: dict[str, int]) -> str | None:
-    return str(place.path / _TOKENIZER) if _TOKENIZER in names and place.path is not None else None
+def tokenizer_in(place: Place) -> str | None:
+    """The path of the tokenizer in a folder, fetched into the cache first if it is elsewhere; None if it has none."""
+    names = place.files()
+    name = next((name for name in _TOKENIZERS if name in names), None)
+    if name is None:
+        return None
+    if place.path is not None:
+        return str(place.path / name)
+    contents = {each: place.read(each) for each in (name, *_COMPANIONS) if each in names}
+    digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents.values())).hexdigest()
+    folder = cache_directory(None) / "fetched" / digest[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each, content in contents.items():
+        # Under a name of this process first: other ranks fetch the same.
+        temporary = folder / f"{each}.{os.getpid()}"
+        temporary.write_bytes(content)
+        temporary.replace(folder / each)
+    return str(folder / name)
 
 
 def _looks_whole(folder: Place) -> bool:
@@ -108,6 +135,7 @@ def check_origin(config: TrainConfig, origin: Origin) -> None:
         )
     if config.data.tokenizer == DataConfig.tokenizer:
         raise OriginError(
-            f"{origin.place} has no tokenizer.json on this disk, and a tokenizer trained on your text would give the "
-            "weights other tokens than they have learned; name theirs with --data.tokenizer."
+            f"A tokenizer trained on your text (data.tokenizer {DataConfig.tokenizer}) would give the weights in "
+            f"{origin.place} other tokens than they have learned"
+            f"{'' if origin.tokenizer else ', and there is none beside them'}; name theirs with --data.tokenizer."
         )

@@ -44,16 +44,18 @@ def overview(
 
 def ending(config: TrainConfig, step: int, steps: int, seconds: float) -> str:
     """What was done, where it is, and what to try next."""
-    where = config.output
+    where, same = config.output, f"--config {config.output}/config.json"
     done = f"{steps} steps in {seconds:,.1f} s"
     saved = config.checkpoint.enabled
     if step < config.training.steps:
-        onward = f"Start it again with --output {where} and it goes on from there." if saved else "Nothing was saved."
+        onward = f"Start it again with {same} and it goes on from there." if saved else "Nothing was saved."
         return f"Interrupted after step {step} of {config.training.steps} ({done}). {onward}"
-    weights = f"weights in {where}/checkpoints" if saved else "no weights were saved"
+    weights = (
+        f"weights in {config.checkpoint.directory or f'{where}/checkpoints'}" if saved else "no weights were saved"
+    )
     return (
         f"Finished step {step} ({done}). Metrics are in {where}/metrics.jsonl, {weights}.\n"
-        f"Try next: --output {where} --training.steps {2 * step} trains this model for longer, --data.source FOLDER "
+        f"Try next: {same} --training.steps {2 * step} trains this model for longer, --data.source FOLDER "
         "reads your own text or JSONL, and torchrun --nproc-per-node 2 -m titan_train shares the work of two processes."
     )
 

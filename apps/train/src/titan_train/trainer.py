@@ -21,6 +21,7 @@ from torch import Tensor
 from titan_ckpt.cadence import Timer, due
 from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.checkpointer import Checkpointer
+from titan_ckpt.place import Place, place_of
 from titan_core.init import init_parameters, materialize
 from titan_core.optim import ModelState, OptimizerState, build_optimizer
 from titan_core.rng import RngState
@@ -34,7 +35,7 @@ from titan_train.build import input_names, lay_out, update
 from titan_train.config import TrainConfig
 from titan_train.config_file import RUN_CONFIG, to_json
 from titan_train.environment import Environment, environment
-from titan_train.export import export
+from titan_train.export import export, is_exported
 from titan_train.hooks import Hook, Step, build_hooks
 from titan_train.interrupt import Interrupt
 from titan_train.origin import Origin, find_origin
@@ -66,10 +67,17 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
         path = env.on_main(lambda: Path(config.output) if config.output else default_directory(name))
         config = dataclasses.replace(config, output=str(path))
         directory = RunDirectory(path)
-        env.on_main(directory.claim)
-        cleanup.callback(directory.release)
+        for claimed in [directory, *_elsewhere(config)]:
+            env.on_main(claimed.claim)
+            cleanup.callback(claimed.release)
         status = cleanup.enter_context(StatusFile(path)) if env.is_main else None
-        dataset = open_dataset(config.data, progress=env.say)
+
+        def progress(text: str) -> None:
+            interrupt.check()
+            env.say(text)
+
+        interrupt.check()
+        dataset = open_dataset(config.data, progress=progress)
         check_vocabulary(config, dataset.vocab_size)
 
         what = what_of(config, dataset.fingerprint)
@@ -82,7 +90,10 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
         )
         cleanup.callback(checkpointer.close)
         checkpoint = find_checkpoint(config, env, checkpointer, what)
+        interrupt.check()
         if checkpoint is not None and checkpoint.step >= config.training.steps:
+            if config.export.format != "none" and not env.on_main(lambda: is_exported(config, checkpoint.place)):
+                _export(config, env, checkpoint.place, dataset)
             env.say(report.already_finished(config, checkpoint.step))
             if status:
                 status.end(checkpoint.step, by=None)
@@ -90,6 +101,7 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
         env.on_main(lambda: directory.write_config(config))
 
         trainer = Trainer(config, env, dataset, what)
+        interrupt.check()
         if checkpoint is not None:
             trainer.resume(checkpointer, checkpoint)
         elif config.checkpoint.init_from is not None:
@@ -101,6 +113,17 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
         if status:
             status.end(trainer.progress.step, ended_by)
         return ended_by
+
+
+def _elsewhere(config: TrainConfig) -> list[RunDirectory]:
+    """The directory of the checkpoints, if it is another one on this disk: two runs must not write to it either."""
+    folder = place_of(config.checkpoint.directory).path if config.checkpoint.directory else None
+    return [] if folder is None or folder.resolve() == Path(config.output or "").resolve() else [RunDirectory(folder)]
+
+
+def _export(config: TrainConfig, env: Environment, checkpoint: Place, dataset: TokenDataset) -> None:
+    tokenizer = dataset.tokenizer
+    env.say(f"Exported {export(config, checkpoint, tokenizer=tokenizer.files, eos_id=tokenizer.eos_id)}")
 
 
 class Trainer:
@@ -168,7 +191,7 @@ class Trainer:
         total, timer = self.config.training.steps, Timer(self.config.checkpoint)
         started_at, started = self.progress.step, time.perf_counter()
         with interrupt.deferred(), contextlib.closing(self.loader):
-            ended_by = self._agree(interrupt.vote).ended_by  # it may have come while the run started
+            ended_by = Votes(*self.env.agree(interrupt.vote)).ended_by  # it may have come while the run started
             while ended_by is None and self.progress.step < total:
                 vote = interrupt.vote._replace(
                     save=int(self.env.is_main and timer.is_time()), save_failed=int(checkpointer.failed)
@@ -191,9 +214,6 @@ class Trainer:
         steps, seconds = self.progress.step - started_at, time.perf_counter() - started
         self.env.say(report.ending(self.config, self.progress.step, steps, seconds))
         return ended_by
-
-    def _agree(self, vote: Votes) -> Votes:
-        return Votes(*self.env.agree(vote))
 
     def step(self, vote: Votes) -> Step:
         """One optimizer step on the next global batch; `vote` is what this rank has to say to the others before it."""
@@ -264,11 +284,11 @@ class Trainer:
             RUN_CONFIG: to_json(self.config).encode(),
             model_file.MODEL_FILE: model_file.to_json(self.config.model).encode(),
         }
-        started, step, tokenizer = time.perf_counter(), self.progress.step, self.dataset.tokenizer
+        started, step = time.perf_counter(), self.progress.step
         contents: dict[str, Any] = {
             "per_rank": self.per_rank_state,
             "meta": meta,
-            "files": files | dict(tokenizer.files),
+            "files": files | dict(self.dataset.tokenizer.files),
             "permanent": permanent,
         }
         if self.config.checkpoint.asynchronous and not exports:
@@ -278,7 +298,6 @@ class Trainer:
             checkpoint = checkpointer.save(step, self.state, **contents)
             self.env.say(f"Saved {checkpoint}")
             if exports:
-                folder = export(self.config, checkpoint, tokenizer=tokenizer.files, eos_id=tokenizer.eos_id)
-                self.env.say(f"Exported {folder}")
+                _export(self.config, self.env, checkpoint, self.dataset)
         for hook in hooks:
             hook.end_save(time.perf_counter() - started)

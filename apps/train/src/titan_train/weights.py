@@ -11,7 +11,6 @@ from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.keymap import ModelFacts
 from titan_ckpt.lazy import LazyTensor
 from titan_ckpt.place import Place
-from titan_ckpt.plan import UnfitSourceError
 from titan_ckpt.survey import verify
 from titan_ckpt.translate import Native, from_dcp, from_hugging_face
 from titan_ckpt.world import RanksFailedError, World
@@ -19,6 +18,8 @@ from titan_core.shards import local, owned
 from titan_models.config import DecoderConfig
 from titan_models.facts import shared_names, state_shapes
 from titan_train.origin import Origin
+
+_SHOWN = 8  # problems; the rest are counted
 
 
 def load_weights(model: nn.Module, origin: Origin, *, verify_hashes: bool = True) -> None:
@@ -37,8 +38,9 @@ def load_weights(model: nn.Module, origin: Origin, *, verify_hashes: bool = True
     elif verify_hashes:
         _verify_folder(origin.place)
     weights = _native(origin)
-    if weights.problems:
-        raise UnfitSourceError(origin.place, weights.problems)
+    if problems := weights.problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(f"The weights in {origin.place} do not fit: {'; '.join(problems[:_SHOWN])}{more}.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in weights.mapped.tensors:
             _fill(tensor, weights.mapped.tensors[name])

@@ -291,9 +291,8 @@ class Checkpointer:
                     self._folders.abandon(written)
             if isinstance(error, RanksFailedError):
                 raise CheckpointError(
-                    f"Step {step} could not be saved in {self.directory}: {error}. Nothing of it remains, older "
-                    "checkpoints are untouched, and the run can go on. If it is the disk, make room there or "
-                    "choose another directory."
+                    f"Step {step} could not be saved in {self.directory}: {error}. Nothing of it remains, and older "
+                    "checkpoints are untouched. If it is the disk, make room there or choose another directory."
                 ) from error
             raise
 
