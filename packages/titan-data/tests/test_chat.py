@@ -14,7 +14,7 @@ from titan_data.errors import DataError
 from titan_data.sft_config import SFTConfig
 from titan_data.source import Record
 from titan_data.token_text import control_tokens
-from titan_data.tokenizer import load_tokenizer, tokenizer_from_files
+from titan_data.tokenizer_files import load_tokenizer, tokenizer_from_files
 
 # In the way of Llama 3.1: no generation blocks, the date, a system message of its own.
 LLAMA = """{{- bos_token }}

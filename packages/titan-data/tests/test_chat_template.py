@@ -5,7 +5,7 @@ import pytest
 from titan_data.chat_template import BUILT_IN, ChatTemplate, find_marks, open_template
 from titan_data.errors import DataError, NotFoundError
 from titan_data.sft_config import SFTConfig
-from titan_data.tokenizer import load_tokenizer, tokenizer_from_files
+from titan_data.tokenizer_files import load_tokenizer, tokenizer_from_files
 
 HI = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
 

@@ -9,7 +9,7 @@ from tokenizers import models, pre_tokenizers
 
 from titan_data.errors import DataError
 from titan_data.hugging_face_tokenizer import HuggingFaceTokenizer
-from titan_data.tokenizer import load_tokenizer
+from titan_data.tokenizer_files import load_tokenizer
 
 
 @pytest.fixture

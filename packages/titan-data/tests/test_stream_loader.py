@@ -14,7 +14,7 @@ from titan_data.sources import open_source
 from titan_data.stream_loader import StreamLoader
 from titan_data.stream_rows import StreamRows
 from titan_data.streams import SourceStreams
-from titan_data.tokenizer import load_tokenizer
+from titan_data.tokenizer_files import load_tokenizer
 
 B, STREAMS = 16, 8
 

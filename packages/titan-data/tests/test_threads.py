@@ -11,7 +11,7 @@ VARIABLE = "TOKENIZERS_PARALLELISM"
 FORK_AFTER_USE = """
 import os, sys
 from pathlib import Path
-from titan_data.tokenizer import load_tokenizer
+from titan_data.tokenizer_files import load_tokenizer
 tokenizer = load_tokenizer(Path(sys.argv[1]))
 tokenizer.encode_batch(["some text"] * 100)
 pid = os.fork()

@@ -19,7 +19,7 @@ from titan_data.tiktoken_file import (
     TiktokenTokenizer,
     llama3_special_tokens,
 )
-from titan_data.tokenizer import load_tokenizer
+from titan_data.tokenizer_files import load_tokenizer
 
 TEXTS = ["Whose woods these are I think I know; it's naïve, 東京 한국어 مرحبا 🙂🏽 1234567\n\n\tdef f(x):\r\n"] * 50
 SETTINGS = {"pattern": LLAMA3_PATTERN, "special_tokens": {"<|endoftext|>": 1000, "<|pad|>": 1003}}

@@ -5,7 +5,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from titan_data.token_text import control_tokens, token_bytes
-from titan_data.tokenizer import load_tokenizer, tokenizer_from_files
+from titan_data.tokenizer_files import load_tokenizer, tokenizer_from_files
 
 TEXTS = ("Whose woods these are", "Größe, naïve, 東京 🙂\r\n\t x", "", "<|eot_id|> is text here")
 

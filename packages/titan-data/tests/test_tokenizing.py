@@ -15,7 +15,7 @@ from titan_data.errors import DataError
 from titan_data.source import source_bytes
 from titan_data.sources import open_source
 from titan_data.token_store import open_store
-from titan_data.tokenizer import load_tokenizer
+from titan_data.tokenizer_files import load_tokenizer
 from titan_data.tokenizing import messages, tokenize_source
 
 
@@ -94,7 +94,7 @@ from pathlib import Path
 from titan_data import jsonl, tokenizing
 from titan_data.config import DataConfig
 from titan_data.sources import open_source
-from titan_data.tokenizer import load_tokenizer
+from titan_data.tokenizer_files import load_tokenizer
 jsonl.PART_BYTES = 1000
 source = open_source(DataConfig(source=sys.argv[1]), cache=Path(sys.argv[2]), progress=lambda message: None)
 shards = 0
@@ -205,7 +205,7 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(target, pieces_source, bpe_fo
 SLOW_WORKERS = """
 import os, sys, time
 from pathlib import Path
-from titan_data.tokenizer import load_tokenizer
+from titan_data.tokenizer_files import load_tokenizer
 from titan_data.tokenizing import tokenize_source
 
 class Slow:

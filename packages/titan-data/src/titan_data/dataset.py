@@ -21,7 +21,8 @@ from titan_data.manifest import is_token_folder
 from titan_data.source import Source, source_bytes
 from titan_data.sources import open_source
 from titan_data.token_store import TokenStore, open_store
-from titan_data.tokenizer import Tokenizer, load_tokenizer
+from titan_data.tokenizer import Tokenizer
+from titan_data.tokenizer_files import load_tokenizer
 from titan_data.tokenizing import messages, stream_fingerprint, tokenize_source
 
 TRAINED = "bpe"

@@ -36,6 +36,20 @@ def pieces_of_chunks(chunks: Iterable[str]) -> Iterator[Piece]:
     yield Piece(rest, ends_document=True)
 
 
+def grouped(pieces: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
+    """Yields consecutive pieces together, so many that they have at least so many characters, or what is left."""
+    group: list[Piece] = []
+    gathered = 0
+    for piece in pieces:
+        group.append(piece)
+        gathered += len(piece.text)
+        if gathered >= characters:
+            yield group
+            group, gathered = [], 0
+    if group:
+        yield group
+
+
 def _cut(text: str, start: int, end: int) -> int:
     """The last place to cut in text[start + 1 : end + 1]; `text` is longer than `end`."""
     line_break = end

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titan_data.manifest import FileRecord, ShardRecord, shard_record, write_whole
-from titan_data.pieces import PIECE_CHARS
+from titan_data.pieces import PIECE_CHARS, grouped
 from titan_data.source import Part, Piece, ReadCounts, Source
 from titan_data.tokenizer import Tokenizer
 
@@ -98,7 +98,7 @@ def make_shard(shard: Shard, *, folder: Path, dtype: np.dtype, tokenizer: Tokeni
     with scratch.open("wb") as file:
         writer = _Writer(file, dtype, tokenizer)
         left = shard.size_bytes
-        for batch in _batches(itertools.chain.from_iterable(part.pieces(counts) for part in shard.parts)):
+        for batch in grouped(itertools.chain.from_iterable(part.pieces(counts) for part in shard.parts), _BATCH_CHARS):
             tokens = writer.add(batch)
             # How far a packed or encoded file has been read is known at its end; until then its text stands for it.
             done = min(left, sum(len(piece.text) for piece in batch))
@@ -162,16 +162,3 @@ class _Writer:
         self._file.write(content)
         self.digest.update(content)
         return self.tokens - before
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece.text)
-        if characters >= _BATCH_CHARS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -17,7 +17,8 @@ from titan_data.sources import open_source
 from titan_data.stream_config import StreamConfig
 from titan_data.stream_rows import StreamRows
 from titan_data.streams import IterableStreams, SourceStreams
-from titan_data.tokenizer import Tokenizer, load_tokenizer
+from titan_data.tokenizer import Tokenizer
+from titan_data.tokenizer_files import load_tokenizer
 from titan_data.tokenizing import stream_fingerprint
 
 

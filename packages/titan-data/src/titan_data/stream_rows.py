@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titan_data.errors import DataError
-from titan_data.pieces import PIECE_CHARS
+from titan_data.pieces import PIECE_CHARS, grouped
 from titan_data.rows import RowArrays
 from titan_data.source import Piece
 from titan_data.streams import StreamSource
@@ -125,7 +125,7 @@ class OpenStream:
         while True:
             found = done > 0
             pieces = itertools.islice(self.rows.source.pieces(self.stream, self.rows.streams, epoch), done, None)
-            for group in _groups(pieces):
+            for group in grouped(pieces, _GROUP_CHARS):
                 tokens, begins = self._encode(group, beginning)
                 beginning = group[-1].ends_document
                 if len(tokens):
@@ -153,16 +153,3 @@ class OpenStream:
             begins.append(flags)
             beginning = piece.ends_document
         return np.concatenate(tokens), np.concatenate(begins)
-
-
-def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    group: list[Piece] = []
-    characters = 0
-    for piece in pieces:
-        group.append(piece)
-        characters += len(piece.text)
-        if characters >= _GROUP_CHARS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from titan_data.cache import DamagedError
 from titan_data.manifest import FileRecord, Manifest, read_manifest
-from titan_data.tokenizer import Tokenizer, tokenizer_from_files
+from titan_data.tokenizer import Tokenizer
+from titan_data.tokenizer_files import tokenizer_from_files
 
 _MAPPED_SHARDS = 256
 _CHECKED_TOKENS = 1 << 24

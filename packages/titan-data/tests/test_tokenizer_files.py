@@ -3,7 +3,8 @@ import shutil
 import pytest
 
 from titan_data.errors import DataError
-from titan_data.tokenizer import load_tokenizer, rank_file, tokenizer_from_files
+from titan_data.tokenizer import rank_file
+from titan_data.tokenizer_files import load_tokenizer, tokenizer_from_files
 
 
 @pytest.fixture
