@@ -35,6 +35,10 @@ LAYOUTS = {
 }
 
 
+# Their like is tested for fewer steps in test_parity.py, or with other numbers here.
+LONG = ("fsdp 2 x tp 2 x pp 2", "hsdp 2x2, accumulation 3", "dp_shard 3, padded", "dp_shard 4")
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, corpus):
     """Curves of one process, by precision; computed once."""
@@ -53,7 +57,9 @@ def relative(ours: list[float], reference: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, reference, strict=True))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in LAYOUTS]
+)
 def test_float32_and_float64_curves_are_those_of_one_process(tiny, expected, tmp_path, name):
     world_size, changes = LAYOUTS[name]
     for precision, bound in ((tiny.precision, 1e-5), (FLOAT64, 1e-9)):

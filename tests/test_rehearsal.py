@@ -153,7 +153,10 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("name", DEEP)
+LONG = ("muon", "pp 2", "ddp 2, gradients reduced last")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in DEEP])
 def test_the_traffic_of_many_blocks_follows_from_a_few(name):
     world_size, changes = DEEP[name]
     config = change(MIXTURE if name.startswith("ep") else SMALL, **{"model.layers": 10, **changes})

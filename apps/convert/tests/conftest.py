@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_models import KINDS, save
+from tiny_models import KINDS, as_meta, save
+from titan_convert.cli import main
 
 # As in the command's own processes; transformers must not look for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,3 +31,13 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / kind
 
     return saver
+
+
+@pytest.fixture
+def places(saved: Callable[..., Path], tmp_path: Path) -> dict[str, Path]:
+    """One model in all formats."""
+    source = saved("llama-scaled")
+    as_meta(source, tmp_path / "meta", 2)
+    assert main(["hf-to-dcp", str(source), str(tmp_path / "step-0"), "--no-check"]) == 0
+    assert main(["dcp-to-torch", str(tmp_path / "step-0"), str(tmp_path / "x.pt"), "--only", "model"]) == 0
+    return {"hf": source, "meta": tmp_path / "meta", "dcp": tmp_path / "step-0", "torch": tmp_path / "x.pt"}

@@ -209,6 +209,18 @@ def test_a_configuration_that_disagrees_with_the_weights_is_refused(
     assert message in refused(capsys, tmp_path, "hf-to-dcp", source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("command", ["dcp-to-hf", "dcp-to-llama"])
+def test_a_configuration_is_named_only_where_the_source_has_none_or_the_same(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    source, step = saved("llama-scaled"), tmp_path / "step-0"
+    assert run("hf-to-dcp", source, step, "--no-check") == 0
+    assert run(command, step, tmp_path / "same", "--config", source, "--no-check") == 0
+    edited(source, rms_norm_eps=0.5, tie_word_embeddings=True)
+    message = refused(capsys, tmp_path, command, step, tmp_path / "out", "--config", source)
+    assert "norm_eps: 1e-05 and 0.5; tie_embeddings: False and True. Leave out --config." in message
+
+
 def test_no_config_and_leftover_shards_are_refused(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

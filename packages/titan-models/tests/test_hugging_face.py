@@ -137,6 +137,54 @@ def test_what_is_not_modelled_is_refused_by_name(reference, changes, message):
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rms_norm_eps": None}, "rms_norm_eps is None, and a number of at least 0 is expected"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4', and a whole number of at least 1 is expected"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', and true or false is expected"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers is 3, and a list of int is expected"),
+        ({"layer_types": [["full_attention"]]}, "layer_types is "),
+        ({"model_type": ["llama"]}, "model_type ['llama']"),
+        ({"rope_theta": [1]}, "rope_theta is [1]"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_parameters": None, "rope_theta": "x"}, "rope_theta is 'x'"),
+        ({"rope_parameters": [1]}, "rope_parameters is [1], and an object is expected"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": "8"}}, "in rope_parameters, factor is '8'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters has partial_rotary_factor 0.5"),
+    ],
+)
+def test_what_has_not_its_type_is_refused_by_name(changes, message):
+    with pytest.raises(ModelConfigError) as raised:
+        from_hugging_face({**PUBLISHED_8B, "rope_scaling": None, **changes})
+    assert message in str(raised.value)
+
+
+def test_two_spellings_of_the_frequencies_must_agree():
+    base = {name: value for name, value in PUBLISHED_8B.items() if name not in ("rope_scaling", "rope_theta")}
+    scaling, theta = PUBLISHED_8B["rope_scaling"], PUBLISHED_8B["rope_theta"]
+    both = {**base, "rope_parameters": scaling | {"rope_theta": theta}, "rope_scaling": scaling, "rope_theta": theta}
+    assert from_hugging_face(both) == llama3.PRESETS["8b"]
+    assert from_hugging_face({**both, "rope_scaling": None, "rope_theta": None}) == llama3.PRESETS["8b"]
+    for changes, message in (
+        ({"rope_theta": 1e4}, "rope_parameters.rope_theta is 500000.0 and rope_theta is 10000.0: they contradict"),
+        ({"rope_scaling": scaling | {"factor": 2.0}}, "rope_parameters and rope_scaling describe different scalings"),
+        ({"rope_scaling": {"type": "default"}}, "rope_parameters and rope_scaling describe different scalings"),
+        ({"rope_scaling": scaling | {"rope_theta": 3.0}}, "rope_scaling.rope_theta is 3.0"),
+    ):
+        with pytest.raises(ModelConfigError) as raised:
+            from_hugging_face(both | changes | {"attention_bias": True})
+        assert message in str(raised.value)
+        assert "attention_bias" in str(raised.value)
+    changed = dataclasses.replace(llama3.PRESETS["8b"], rope_theta=7.0, rope_scaling=None)
+    assert from_hugging_face(to_hugging_face(changed, "float32", both)) == changed
+
+
 def test_all_problems_are_listed_at_once():
     values = LlamaConfig().to_dict() | {"attention_bias": True, "hidden_act": "relu"}
     del values["hidden_size"]

@@ -7,7 +7,7 @@ from titan_models.config import ModelConfigError, MoEConfig, RopeScaling
 from titan_models.families.llama3 import PRESETS as LLAMA3
 from titan_models.families.qwen3 import PRESETS as QWEN3
 from titan_models.families.qwen3 import Qwen3Config
-from titan_models.model_file import from_json, to_json
+from titan_models.model_file import differences, from_json, to_json
 
 
 @pytest.mark.parametrize("config", [LLAMA3["1b"], LLAMA3["8b"], QWEN3["4b"], QWEN3["30b-a3b"]])
@@ -55,3 +55,14 @@ def test_what_cannot_be_read_is_named(text, message):
 def test_a_class_that_is_no_model_is_refused():
     with pytest.raises(ModelConfigError, match="holds a RopeScaling"):
         from_json(to_json(dataclasses.replace(RopeScaling())))
+
+
+def test_differences_are_listed_by_field():
+    one = Qwen3Config(moe=MoEConfig(top_k=3), loss_chunk_tokens=7)
+    assert differences(one, one) == differences(one, Qwen3Config(moe=MoEConfig(top_k=3, grouped_mm="loop"))) == []
+    other = Qwen3Config(dim=512, moe=MoEConfig(top_k=4, z_loss=1.0), norm_eps=1.0)
+    found = differences(one, other, unsaid=("moe.z_loss",))
+    assert found == ["dim: 256 and 512", "moe.top_k: 3 and 4", f"norm_eps: {one.norm_eps} and 1.0"]
+    (scaling,) = differences(LLAMA3["8b"], dataclasses.replace(LLAMA3["8b"], rope_scaling=None))
+    assert scaling.startswith("rope_scaling: (factor 8.0, low_frequency_factor 1.0")
+    assert scaling.endswith("and None")

@@ -1,12 +1,13 @@
 """`titan-convert COMMAND …`: reads the command line, has the command carried out, says what came of it.
 
 Exit codes: 0 done, 1 not done, or `diff` and `verify` have found something (what, is on stderr or in the table), 2 the
-command line is wrong, 130 interrupted. Imports no torch before it is needed, so that help and mistakes answer at once.
+command line is wrong, 130 interrupted, 141 nobody reads the output any more. Imports no torch before it is needed, so that help and mistakes answer at once.
 """
 
 import argparse
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,7 @@ from titan_convert.progress import ProgressLine
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 KEYS = ("titan", "torchtitan", "torchtitan-0.2", "torchtune")
 ASSETS = ("tokenizer", "config", "weights")
+_BROKEN_PIPE = 141  # what a shell makes of SIGPIPE
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 # Command -> module and function that carry it out, and what it does.
@@ -34,7 +36,7 @@ COMMANDS = {
         "A torch.save file of tensors, nested dicts or flat, into a checkpoint folder.",
     ),
     "inspect": ("titan_convert.show:inspect", "What a folder or file is: format, family, parameters, dtypes, sizes."),
-    "diff": ("titan_convert.show:diff", "Compares two models, of any formats, tensor by tensor."),
+    "diff": ("titan_convert.diff:diff", "Compares two models, of any formats: configurations, and tensor by tensor."),
     "verify": ("titan_convert.show:verify", "Whether a folder or file is whole: manifest, hashes, index, headers."),
     "download": ("titan_convert.download:command", "Fetches a repository from the Hugging Face hub."),
 }
@@ -48,13 +50,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.closing(ProgressLine()) as progress:
             # torch and what it brings: seconds that a wrong option need not wait
             command: Callable[..., int] = getattr(importlib.import_module(module), function)
-            return command(options, progress)
+            code = command(options, progress)
+            sys.stdout.flush()  # not when the process ends, where a reader that has gone would be a traceback
+            return code
     except CheckpointError as error:
         print(f"titan-convert: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if _reader_has_gone():
+            return _BROKEN_PIPE
+        told = " ".join(str(error).split())
+        print(f"titan-convert: {told}. Check names, permissions and the connection, and run again.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("titan-convert: interrupted; run again to go on, nothing has been replaced.", file=sys.stderr)
         return 130
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody takes what is printed any more (`| head`); what is left of it is thrown away."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,6 +97,10 @@ def _conversion(command: argparse.ArgumentParser, src: str, dst: str) -> None:
     command.add_argument("src", metavar="SRC", help=f"the {kinds[src]} to read; a path or a URL (s3://…)")
     command.add_argument("dst", metavar="DST", help=f"the {kinds[dst]} to write")
     command.add_argument("--overwrite", action="store_true", help="replace DST if it exists and was converted or saved")
+    if dst != "torch":
+        command.add_argument(
+            "--restart", action="store_true", help="delete what an interrupted run has left, start anew"
+        )
     if src != "torch":
         command.add_argument(
             "--no-verify-hashes", action="store_true", help="don't compare SRC's files with the hashes it came with"
@@ -108,7 +132,6 @@ def _between_models(command: argparse.ArgumentParser, src: str, dst: str) -> Non
     if dst == "hf":
         command.add_argument("--shard-size", type=_bytes, default=10**9, help="of a file; default: 1GB")
     command.add_argument("--dry-run", action="store_true", help="print the table of names and shapes, write nothing")
-    command.add_argument("--restart", action="store_true", help="delete what an interrupted run has left, start anew")
     command.add_argument(
         "--check",
         action=argparse.BooleanOptionalAction,
@@ -124,6 +147,9 @@ def _look(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("other", metavar="B", help="another one")
         command.add_argument(
             "--config", metavar="PATH", help="the model, for a DCP folder that doesn't say what it holds"
+        )
+        command.add_argument(
+            "--keys", choices=KEYS, default="titan", help="whose names a DCP side has, if not titan's; default: titan"
         )
     else:
         command.add_argument("path", metavar="PATH", help="a folder or file of weights; a path or a URL")

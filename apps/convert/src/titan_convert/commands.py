@@ -36,12 +36,12 @@ def convert(options: argparse.Namespace, progress: ProgressLine) -> int:
     compared = False
     with contextlib.nullcontext(lambda: False) if options.no_verify_hashes else verifying(src) as confirm:
 
-        def prove(work: Place) -> Mapping[str, Json]:
+        def examine(work: Place) -> Mapping[str, Json]:
             nonlocal compared
             compared = confirm()
             return check(work) if check is not None else {}
 
-        kept = run(planned, overwrite=options.overwrite, restart=options.restart, prove=prove, progress=progress)
+        kept = run(planned, overwrite=options.overwrite, restart=options.restart, prove=examine, progress=progress)
     verified = ", the source verified by its hashes" if compared else ""
     again = f", {size_text(kept)} of it from the run before" if kept else ""
     print(f"wrote {dst}: {planned.tensors:,} tensors, {size_text(planned.nbytes)}{again}{verified}")
@@ -105,7 +105,12 @@ def dcp_to_torch(options: argparse.Namespace, progress: ProgressLine) -> int:
 def torch_to_dcp(options: argparse.Namespace, progress: ProgressLine) -> int:
     """The command of that name."""
     converted = plain.torch_to_dcp(
-        options.src, options.dst, under=options.under, overwrite=options.overwrite, progress=progress
+        options.src,
+        options.dst,
+        under=options.under,
+        overwrite=options.overwrite,
+        restart=options.restart,
+        progress=progress,
     )
     return _told(options, converted)
 

@@ -26,6 +26,7 @@ from titan_ckpt.translate import (
 )
 from titan_convert import models
 from titan_convert.models import Model
+from titan_convert.special_tokens import special_tokens
 from titan_models import hugging_face, meta, model_file
 from titan_models.config import ModelConfigError
 
@@ -79,6 +80,8 @@ def read(name: str, place: Place, options: Options) -> Source:
     """Opens a folder in the format that a command names: `hf`, `dcp` or `llama`."""
     if not place.exists():
         raise CheckpointError(f"{place} does not exist.")
+    if place.path is not None and not place.path.is_dir():
+        raise CheckpointError(f"{place} is a file, and a folder is wanted: name the one that it is in, {place.parent}.")
     if name == "hf":
         model = models.of_hugging_face(place)
         native = from_hugging_face(place, model.table("hf"), model.facts, model.derived)
@@ -139,7 +142,8 @@ _WRITERS = {"dcp": _to_dcp, "hf": _to_hugging_face, "llama": _to_meta}
 def hugging_face_files(source: Source, options: Options) -> dict[str, bytes]:
     """config.json, generation_config.json and the tokenizer's files; config.json last."""
     base = json.loads(source.files.get(hf_format.CONFIG_NAME, b"{}"))
-    base = base if "model_type" in base else {}  # a training run's own configuration has the same name
+    if "model_type" not in base:  # a training run's own configuration has the same name
+        base = special_tokens(source.files, source.model.config.vocab_size)
     config = hugging_face.to_hugging_face(source.model.config, _dtype_name(source, options), base)
     files = {name: source.files[name] for name in hf_format.CARRIED if name in source.files}
     tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}

@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 UNDER: Mapping[str, str | None] = {"titan": "model", "torchtune": "model", "torchtitan": None, "torchtitan-0.2": None}
 """Who writes a DCP folder -> the object in it that is the model."""
 
+_CARRIED = f"files/{model_file.MODEL_FILE}"
+
 
 @dataclass(frozen=True)
 class Model:
     """A configuration, and what the conversion engine asks of it."""
 
     config: DecoderConfig
+
+    unsaid: tuple[str, ...] = ()
+    """Fields of it that the format which it was read from has no place for."""
 
     @property
     def family(self) -> str:
@@ -62,10 +67,15 @@ class Model:
         """Foreign names to pass over."""
         return importlib.import_module(self.family).DERIVED
 
+    def differences(self, other: "Model") -> list[str]:
+        """The fields in which another configuration differs, of those that both come from formats for."""
+        return model_file.differences(self.config, other.config, (*self.unsaid, *other.unsaid))
+
 
 def of_hugging_face(place: Place) -> Model:
     """The model of a folder with a `config.json`."""
-    return Model(_translated(place, lambda: hugging_face.from_hugging_face(_json(place, hugging_face.CONFIG_FILE))))
+    config = _translated(place, lambda: hugging_face.from_hugging_face(_json(place, hugging_face.CONFIG_FILE)))
+    return Model(config, hugging_face.UNSAID)
 
 
 def of_meta(place: Place) -> Model:
@@ -79,20 +89,36 @@ def of_meta(place: Place) -> Model:
     if embedding is None:
         raise CheckpointError(f"{place} holds no tok_embeddings.weight; it is no model of Meta's Llama format.")
     tied = head is None or same(embedding, head)
-    return Model(_translated(place, lambda: meta.from_meta(params, vocab_size=embedding.shape[0], tied=tied)))
+    config = _translated(place, lambda: meta.from_meta(params, vocab_size=embedding.shape[0], tied=tied))
+    return Model(config, meta.UNSAID)
 
 
 def of_checkpoint(place: Place, config: str | None) -> Model:
-    """The model of a DCP folder: by `files/model.json`, or by the file or folder that the user names."""
-    if config is not None:
-        return _named(config)
-    name = f"files/{model_file.MODEL_FILE}"
-    if name not in place.files():
+    """The model of a DCP folder: by `files/model.json`, else by the file or folder that the user names.
+
+    Raises:
+        CheckpointError: if neither says it, or the two differ, listing the fields.
+    """
+    named = None if config is None else _named(config)
+    if says_its_model(place):
+        own = Model(_translated(place, lambda: model_file.from_json(place.read(_CARRIED))))
+        if named is not None and (differing := own.differences(named)):
+            raise CheckpointError(
+                f"{place} says in {_CARRIED} which model it holds, and --config {config} describes another one: "
+                f"{'; '.join(differing)}. Leave out --config."
+            )
+        return own
+    if named is None:
         raise CheckpointError(
-            f"{place} doesn't say which model it holds: it has no {name}. Name it with --config: a model.json, a "
+            f"{place} doesn't say which model it holds: it has no {_CARRIED}. Name it with --config: a model.json, a "
             "config.json of Hugging Face, a params.json of Meta, or a folder with one of them."
         )
-    return Model(_translated(place, lambda: model_file.from_json(place.read(name))))
+    return named
+
+
+def says_its_model(place: Place) -> bool:
+    """Whether a DCP folder carries a configuration."""
+    return _CARRIED in place.files()
 
 
 def _named(config: str) -> Model:
@@ -101,7 +127,7 @@ def _named(config: str) -> Model:
     folder = place if place.name not in names else place.parent
     if model_file.MODEL_FILE in names:
         return Model(_translated(folder, lambda: model_file.from_json(folder.read(model_file.MODEL_FILE))))
-    if f"files/{model_file.MODEL_FILE}" in names:
+    if _CARRIED in names:
         return of_checkpoint(folder, None)
     if hugging_face.CONFIG_FILE in names:
         return of_hugging_face(folder)

@@ -1,14 +1,12 @@
-"""The commands that only look: `inspect`, `diff` and `verify`."""
+"""`inspect` and `verify`: what a folder or file is, and whether it is whole."""
 
 import argparse
-import contextlib
 import sys
+from collections.abc import Mapping, Sequence
 
-from titan_ckpt.compare import differences
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.formats.collection import Collection, Tensors, listed
+from titan_ckpt.formats.collection import Collection, listed
 from titan_ckpt.place import Place, place_of
-from titan_ckpt.plan import Counter
 from titan_ckpt.survey import DESCRIPTIONS, Format, detect, read_any, survey
 from titan_ckpt.survey import verify as verify_place
 from titan_convert import models
@@ -16,8 +14,10 @@ from titan_convert.convert import Options, read
 from titan_convert.models import Model
 from titan_convert.progress import ProgressLine, size_text
 from titan_models.facts import active_parameter_count, parameter_count
+from titan_models.meta import PARAMS_FILE
 
-_READERS: dict[Format, str] = {"checkpoint": "dcp", "dcp": "dcp", "hf": "hf", "llama": "llama"}
+READERS: Mapping[Format, str] = {"checkpoint": "dcp", "dcp": "dcp", "hf": "hf", "llama": "llama"}
+"""Format that may say which model it holds -> its name in the commands."""
 
 
 def inspect(options: argparse.Namespace, progress: ProgressLine) -> int:
@@ -25,12 +25,12 @@ def inspect(options: argparse.Namespace, progress: ProgressLine) -> int:
     place = place_of(options.path)
     kind = detect(place)
     model, said = None, ""
-    if kind in _READERS:
+    if kind in READERS:
         try:
-            model = _model(place, kind, None)
+            model = model_of(place, kind)
         except CheckpointError as error:
             said = str(error)
-    collection = read_any(place, _split(model))
+    collection = read_any(place, meta_splits(model))
     counted = survey(collection)
     lines = {
         "format": DESCRIPTIONS[kind],
@@ -69,54 +69,37 @@ def _print_tensors(collection: Collection) -> None:
         print(f"{name:<{width}}  {form:<28}  {', '.join(tensor.files)}")
 
 
-def _model(place: Place, kind: Format, config: str | None) -> Model:
+def model_of(place: Place, kind: Format, config: str | None = None) -> Model:
+    """The model that a folder holds; `config` is for a DCP folder that doesn't say it."""
     if kind == "hf":
         return models.of_hugging_face(place)
     return models.of_meta(place) if kind == "llama" else models.of_checkpoint(place, config)
 
 
-def _split(model: Model | None) -> dict[str, int | None]:
+def meta_splits(model: Model | None) -> dict[str, int | None]:
+    """Which dimension of each tensor model parallelism cuts in Meta's format; nothing if the model is not known."""
     from titan_ckpt.translate import splits
 
     keys = {} if model is None else getattr(sys.modules[model.family], "KEYS", {})
     return splits(keys["meta"], model.facts) if model is not None and "meta" in keys else {}
 
 
-def diff(options: argparse.Namespace, progress: ProgressLine) -> int:
-    """Every difference; 0 if there is none."""
-    places = [place_of(options.one), place_of(options.other)]
-    kinds = [detect(place) for place in places]
-    alike = len({_READERS.get(kind, kind) for kind in kinds}) == 1
-    one, other = (_tensors(place, kind, alike, options) for place, kind in zip(places, kinds, strict=True))
-    found = 0
-    with Counter(progress, "comparing", sum(tensor.nbytes for tensor in one.values())) as count:
-        for difference in differences(one, other, count):
-            found += 1
-            largest = "" if difference.largest is None else f", the largest difference is {difference.largest:.6g}"
-            print(f"{difference.name}: {difference.what}: {difference.detail}{largest}")
-    print(f"{found:,} of {len({*one, *other}):,} tensors differ" if found else f"equal: {len(one):,} tensors")
-    return 1 if found else 0
-
-
-def _tensors(place: Place, kind: Format, alike: bool, options: argparse.Namespace) -> Tensors:
-    """By the names of the format if both sides have the same, else by native names, so that they can be compared."""
-    if alike or kind not in _READERS:
-        model = None
-        if kind == "llama":
-            with contextlib.suppress(CheckpointError):
-                model = _model(place, kind, None)
-        return read_any(place, _split(model)).tensors
-    source = read(_READERS[kind], place, Options(config=options.config))
-    if source.native.problems:
-        raise CheckpointError(f"{place} cannot be compared: {'; '.join(source.native.problems)}.")
-    return source.native.mapped.tensors
-
-
 def verify(options: argparse.Namespace, progress: ProgressLine) -> int:
     """Whether a folder or file is whole."""
     place = place_of(options.path)
     problems, looked_at = verify_place(place, progress)
+    if detect(place) == "llama":
+        problems += [problem for problem in _against_params(place) if problem not in problems]
+        looked_at += f", and shapes by {PARAMS_FILE}"
     for problem in problems:
         print(f"{place}: {problem}", file=sys.stderr)
     print(f"{'damaged' if problems else 'whole'}: {place} ({looked_at})")
     return 1 if problems else 0
+
+
+def _against_params(place: Place) -> Sequence[str]:
+    """A last shard that is missing, or shards of another split, show only in the shapes."""
+    try:
+        return read("llama", place, Options()).native.problems
+    except CheckpointError as error:
+        return [str(error).removesuffix(".")]

@@ -6,20 +6,22 @@ into another see `titan_ckpt.translate`.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.directory import is_checkpoint, step_of
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.formats.dcp_folder import files_of_parts, read_dcp
-from titan_ckpt.formats.torch_file import read_torch_file, write_torch_file
+from titan_ckpt.formats.torch_file import is_torch_file, read_torch_file, write_torch_file
 from titan_ckpt.layouts import CheckpointLayout
 from titan_ckpt.manifest import Manifest
 from titan_ckpt.place import Location, Place, place_of
-from titan_ckpt.plan import Counter, Plan, Progress, no_progress, run
+from titan_ckpt.plan import Counter, Plan, Progress, check_parent, exists, no_progress, run
 from titan_ckpt.state import check_names
-from titan_ckpt.storage import HashingFile, scratch
+from titan_ckpt.storage import SCRATCH_PATTERN, HashingFile, scratch
 from titan_ckpt.streams import create
 from titan_ckpt.translate import source_fingerprint, verified
 
@@ -58,7 +60,7 @@ def dcp_to_torch(
         src: a checkpoint of this package, or any folder in DCP layout.
         dst: the file to write.
         only: take just what has a key that starts with this name and a dot, and take those off the keys.
-        overwrite: replace `dst` if it exists.
+        overwrite: replace `dst` if it is a file of `torch.save`.
         verify_hashes: compare the SHA-256 of every file with the manifest, if there is one; sizes in any case.
         progress: called with what is being done, the bytes done and the bytes in all.
 
@@ -95,6 +97,7 @@ def torch_to_dcp(
     *,
     under: str | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress = no_progress,
 ) -> Converted:
     """Writes the content of a `torch.save` file as a checkpoint folder, which `Checkpointer.load` takes.
@@ -108,6 +111,7 @@ def torch_to_dcp(
         dst: the folder to write.
         under: a name to put before every key, with a dot: that of the object it will be loaded into.
         overwrite: replace `dst` if it is a checkpoint.
+        restart: delete what an interrupted run has left.
         progress: called with what is being done, the bytes done and the bytes in all.
 
     Raises:
@@ -140,7 +144,7 @@ def torch_to_dcp(
         tensors=len(tensors),
         nbytes=collection.nbytes,
     )
-    run(plan, overwrite=overwrite, progress=progress)
+    run(plan, overwrite=overwrite, restart=restart, progress=progress)
     return Converted(tensors=len(tensors), size=collection.nbytes, verified=False, left_out=())
 
 
@@ -169,18 +173,25 @@ def _check_is_file(source: Place) -> None:
 def _check_file(target: Place, overwrite: bool) -> None:
     if target.path is not None and target.path.is_dir():
         raise CheckpointError(f"{target} is a folder. Give the name of a file, for instance {target / 'model.pt'}.")
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists. Give another name, or ask for it to be overwritten.")
+    if target.exists():
+        if not is_torch_file(target.parent, target.name):
+            raise CheckpointError(f"{target} exists and is no file of torch.save. Give another name, or move it away.")
+        if not overwrite:
+            raise exists(target)
+    check_parent(target)
 
 
 @contextlib.contextmanager
 def _new_file(target: Place) -> Iterator[HashingFile]:
-    """A file that appears when the block ends: on a disk under a scratch name until then."""
+    """A file that appears when the block ends: on a disk under a scratch name until then.
+
+    Assumes that nobody else writes the same file now: scratch files of it are what killed runs have left.
+    """
     path = target.path
     temporary = scratch(path, "tmp") if path is not None else None
     try:
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is no folder")
+        if path is not None:
+            _remove_scratch(path)
         with create(target.parent, target.name if temporary is None else temporary.name) as file:
             yield file
         if path is not None and temporary is not None:
@@ -194,3 +205,10 @@ def _new_file(target: Place) -> Iterator[HashingFile]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _remove_scratch(path: Path) -> None:
+    for left in path.parent.iterdir():
+        found = re.fullmatch(re.escape(path.name) + SCRATCH_PATTERN, left.name)
+        if found and found["purpose"] == "tmp" and left.is_file():
+            left.unlink(missing_ok=True)

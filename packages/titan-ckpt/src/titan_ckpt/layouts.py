@@ -1,7 +1,7 @@
 """What each format of the result consists of beside its large files, in the order in which it is written."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -9,8 +9,8 @@ import torch
 
 from titan_ckpt import __version__, dcp
 from titan_ckpt.contents import FILES_FOLDER, STATE_NAME
-from titan_ckpt.directory import is_checkpoint
-from titan_ckpt.formats.collection import Tensors
+from titan_ckpt.errors import CheckpointError
+from titan_ckpt.formats.collection import Tensors, listed
 from titan_ckpt.formats.dcp_folder import Part, metadata_bytes, write_parts
 from titan_ckpt.journal import Written
 from titan_ckpt.manifest import MANIFEST_NAME, Json, Manifest
@@ -19,6 +19,7 @@ from titan_ckpt.plan import PlannedFile
 from titan_ckpt.storage import FileRecord
 
 SEAL_NAME = "titan-convert.json"
+_SEAL_FORMAT = "titan-convert"
 VERSIONS: Mapping[str, str] = {"titan-ckpt": __version__, "torch": str(torch.__version__)}
 
 
@@ -73,9 +74,12 @@ class CheckpointLayout:
         )
         return MANIFEST_NAME, manifest.to_bytes()
 
-    def may_replace(self, place: Place) -> bool:
-        """A checkpoint, whole or not."""
-        return is_checkpoint(place)
+    def kept(self, place: Place) -> str | None:
+        """None for a checkpoint of ours, whole or not, with nothing else in it."""
+        try:
+            return _strangers(place, MANIFEST_NAME, Manifest.read(place).files)
+        except CheckpointError:
+            return f"is not a checkpoint with a {MANIFEST_NAME} that can be read"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +96,37 @@ class SealedLayout:
     def seal(self, records: Mapping[str, FileRecord], proof: Mapping[str, Json]) -> tuple[str, bytes]:
         """Everything that was written, with its hash."""
         body: dict[str, Any] = {
-            "format": "titan-convert",
+            "format": _SEAL_FORMAT,
             "versions": VERSIONS,
             "meta": {**self.meta, **proof},
             "files": {name: [record.size, record.sha256] for name, record in sorted(records.items())},
         }
         return SEAL_NAME, (json.dumps(body, indent=2) + "\n").encode()
 
-    def may_replace(self, place: Place) -> bool:
-        """What was converted before."""
-        return SEAL_NAME in place.files()
+    def kept(self, place: Place) -> str | None:
+        """None for what was converted before, with nothing else in it."""
+        try:
+            return _strangers(place, SEAL_NAME, sealed_hashes(place))
+        except (OSError, ValueError):
+            return f"is not a result of titan-convert with a {SEAL_NAME} that can be read"
+
+
+def sealed_hashes(place: Place) -> dict[str, str]:
+    """The SHA-256 of each file that a conversion has written into somebody else's format.
+
+    Raises:
+        FileNotFoundError: if there is no seal.
+        ValueError: if it is not one of ours.
+    """
+    body = json.loads(place.read(SEAL_NAME))
+    try:
+        if body["format"] != _SEAL_FORMAT:
+            raise ValueError(f"{SEAL_NAME} is not of titan-convert")
+        return {name: digest for name, (_, digest) in body["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{SEAL_NAME} is not what was written") from error
+
+
+def _strangers(place: Place, index: str, files: Collection[str]) -> str | None:
+    others = place.files().keys() - {*files, index}
+    return f"holds files that its {index} doesn't list: {listed(sorted(others))}" if others else None

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
+from titan_ckpt.formats.collection import listed
 from titan_ckpt.journal import Journal, Written
 from titan_ckpt.manifest import Json
 from titan_ckpt.place import LocalPlace, Place
@@ -39,11 +40,24 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 class UnfitSourceError(CheckpointError):
-    """A source that doesn't fit; `problems` has one sentence for each key or file concerned."""
+    """A source that doesn't fit; `problems` has one sentence for each key or file, of which the message has a few."""
 
     def __init__(self, source: object, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        super().__init__(f"{source} cannot be converted, and nothing was written. {'; '.join(self.problems)}.")
+        told = listed(self.problems, separator="; ")
+        super().__init__(f"{source} cannot be converted, and nothing was written. {told}.")
+
+
+def check_parent(destination: Place) -> None:
+    """Raises `CheckpointError` if the folder in which something is to appear is not there."""
+    if (folder := destination.parent.path) is not None and not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist; make it first"
+        raise CheckpointError(f"{destination} could not be written: the folder {folder} {what}.")
+
+
+def exists(destination: Place) -> CheckpointError:
+    """What is raised where something is that may be replaced, and nobody has asked for that."""
+    return CheckpointError(f"{destination} exists. Give another name, or replace it with --overwrite.")
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,8 @@ class Layout(Protocol):
         """Name and content of the last file, which says what the others are."""
         ...
 
-    def may_replace(self, place: Place) -> bool:
-        """Whether what is there is of a kind that `overwrite` may delete."""
+    def kept(self, place: Place) -> str | None:
+        """Why `overwrite` may not delete what is there; None if it may."""
         ...
 
 
@@ -124,8 +138,7 @@ class Plan:
         """
         if self.problems:
             raise UnfitSourceError(self.source, self.problems)
-        if (parent := self.destination.parent.path) is not None and not parent.is_dir():
-            raise CheckpointError(f"{self.destination} could not be written: {parent} is no folder.")
+        check_parent(self.destination)
         journal = self._journal
         begun = journal.exists()
         if begun and (restart or (overwrite and not journal.is_ours())):
@@ -134,7 +147,7 @@ class Plan:
         if begun and not journal.is_ours():
             raise CheckpointError(
                 f"{self.work} has the remains of another conversion: of another source, or with other options. Finish "
-                "that one first, or restart to delete them."
+                "that one first, or delete them with --restart."
             )
         if self.destination.path is not None or not begun:
             self._check_destination(overwrite)
@@ -187,10 +200,10 @@ class Plan:
     def _check_destination(self, overwrite: bool) -> None:
         if not self.destination.exists():
             return
-        if not self.layout.may_replace(self.destination):
-            raise CheckpointError(f"{self.destination} exists and is not a checkpoint. Give another name.")
+        if (reason := self.layout.kept(self.destination)) is not None:
+            raise CheckpointError(f"{self.destination} exists and {reason}. Give another name, or move it elsewhere.")
         if not overwrite:
-            raise CheckpointError(f"{self.destination} exists. Give another name, or ask for it to be overwritten.")
+            raise exists(self.destination)
 
     def _reported(self) -> "_Reported":
         return _Reported(self)

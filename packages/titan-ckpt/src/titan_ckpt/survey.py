@@ -1,7 +1,7 @@
 """What a folder or file is, and whether it is whole, whichever format it has."""
 
 import contextlib
-import json
+import dataclasses
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.formats.collection import Collection
 from titan_ckpt.formats.hugging_face import read_hugging_face
 from titan_ckpt.formats.safetensors import read_safetensors
-from titan_ckpt.layouts import SEAL_NAME
+from titan_ckpt.layouts import SEAL_NAME, sealed_hashes
 from titan_ckpt.manifest import MANIFEST_NAME, Manifest
 from titan_ckpt.place import Place
 from titan_ckpt.plan import Counter, Progress, no_progress
@@ -64,7 +64,9 @@ def read_any(place: Place, split: Mapping[str, int | None]) -> Collection:
     if kind in ("checkpoint", "dcp"):
         from titan_ckpt.formats.dcp_folder import read_dcp  # 0.8 s
 
-        return read_dcp(place)
+        found = read_dcp(place)
+        problems = _manifest_problems(place) if kind == "checkpoint" else ()
+        return dataclasses.replace(found, problems=tuple(dict.fromkeys((*problems, *found.problems))))
     if kind == "hf":
         return read_hugging_face(place)
     if kind == "safetensors":
@@ -78,6 +80,14 @@ def read_any(place: Place, split: Mapping[str, int | None]) -> Collection:
     from titan_ckpt.formats.torch_file import read_torch_file
 
     return read_torch_file(place.parent, place.name)[0]
+
+
+def _manifest_problems(place: Place) -> tuple[str, ...]:
+    """All but the hashes."""
+    try:
+        return tuple(Manifest.read(place).damage(place, hashes=False))
+    except DamagedCheckpointError as damaged:
+        return damaged.problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +187,7 @@ def noted_sums(place: Place, kind: Format) -> dict[str, tuple[str, str]]:
     names = place.files()
     try:
         if SEAL_NAME in names:
-            return {
-                name: ("sha256", digest) for name, (_, digest) in json.loads(place.read(SEAL_NAME))["files"].items()
-            }
+            return {name: ("sha256", digest) for name, digest in sealed_hashes(place).items()}
         if _META_SUMS in names:
             pairs = (line.split() for line in place.read(_META_SUMS).decode().splitlines() if line.strip())
             return {name: ("md5", digest) for digest, name in pairs if name != _META_SUMS}

@@ -7,7 +7,7 @@ Nothing but headers is read before the plan is carried out, except tensors that 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +31,8 @@ SHARD_BYTES = 1_000_000_000  # several files are written at a time, and whole on
 MODEL = "model"
 _NOT_MODEL = ("optimizer", "lr_scheduler", "dataloader", "train_state", "epochs_run", "steps_run", "seed", "rng_state")
 
+_ANOTHER_PROJECT = "they are those of another project or of another model (titan-convert: see --keys and --config)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Native:
@@ -39,11 +41,19 @@ class Native:
     collection: Collection
     mapped: Mapped
     facts: ModelFacts
+    elsewhere: str = "the weights are those of another model than the configuration"
+    """What to say if most of the names are missing."""
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Of the files and of the names."""
-        return (*self.collection.problems, *self.mapped.problems)
+        """Of the files, which may be why names are missing; of the names as a whole; and of each."""
+        mapped = self.mapped
+        table = {name for row in mapped.rows if row.shares is None for name in row.foreign}
+        missing = len(table - self.collection.tensors.keys())
+        if 2 * missing <= len(table) or self.collection.problems:
+            return (*self.collection.problems, *mapped.problems)
+        cause = f"{missing:,} of the {len(table):,} names of this model are not there: {self.elsewhere}"
+        return (cause, *mapped.problems)
 
 
 def from_hugging_face(source: Location, keys: KeyMap, facts: ModelFacts, derived: Sequence[str] = ()) -> Native:
@@ -81,7 +91,8 @@ def from_dcp(
         DamagedCheckpointError: if its metadata cannot be read.
     """
     whole = read_dcp(place_of(source))
-    return _native(model_of(whole, under), keys, facts, derived)
+    native = _native(model_of(whole, under), keys, facts, derived)
+    return replace(native, elsewhere=_ANOTHER_PROJECT)
 
 
 def model_of(collection: Collection, under: str | None) -> Collection:

@@ -9,8 +9,11 @@ from typing import Any
 from titan_models.config import DecoderConfig, ModelConfigError, MoEConfig, RopeScaling
 from titan_models.families.llama3 import Llama3Config
 from titan_models.families.qwen3 import Qwen3Config
+from titan_models.foreign_settings import mistyped
 
 CONFIG_FILE = "config.json"
+UNSAID = ("moe.z_loss",)
+"""Fields of a configuration that the format has no place for; not refused, since they matter in training only."""
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 _CONTEXT = {"llama": 8192, "qwen3": 40_960, "qwen3_moe": 40_960}  # tokens; of the first published models
@@ -25,6 +28,12 @@ _DEFAULTS: dict[str, Any] = {
     "router_aux_loss_coef": 0.001,
     "hidden_act": "silu",
     "rope_theta": 10_000.0,
+}
+_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_frequency_factor",
+    "high_freq_factor": "high_frequency_factor",
+    "original_max_position_embeddings": "original_context",
 }
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _REQUIRED_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
@@ -64,13 +73,13 @@ def from_hugging_face(values: Mapping[str, Any]) -> DecoderConfig:
         ModelConfigError: listing everything that is missing, unknown, or no part of our models.
     """
     kind = values.get("model_type")
-    if kind not in _ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise ModelConfigError(
             f"{CONFIG_FILE} has model_type {kind!r}; those that can be converted are {', '.join(_ARCHITECTURES)}."
         )
-    problems = _unmodelled(values)
     required = (*_REQUIRED, *(_REQUIRED_EXPERTS if kind == "qwen3_moe" else ()))
-    problems += [f"{name} is missing" for name in required if name not in values]
+    problems = [f"{name} is missing" for name in required if name not in values]
+    problems += _mistyped(values, kind) or _unmodelled(values)
     rope_theta, scaling = _rope(values, problems)
     if problems:
         raise ModelConfigError(f"{CONFIG_FILE} describes a model that cannot be converted: {'; '.join(problems)}.")
@@ -98,6 +107,30 @@ def from_hugging_face(values: Mapping[str, Any]) -> DecoderConfig:
     if problems := config.problems():
         raise ModelConfigError(f"{CONFIG_FILE} describes a model that cannot be built: {' '.join(problems)}")
     return config
+
+
+def _mistyped(values: Mapping[str, Any], kind: str) -> list[str]:
+    """What has not the type that everything below takes for granted; null is for what may be left out."""
+    problems = mistyped(
+        values,
+        whole=(*_REQUIRED, "num_key_value_heads", "head_dim"),
+        numbers=("rms_norm_eps", "initializer_range", "rope_theta"),
+        flags=("tie_word_embeddings",),
+        optional=("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings"),
+    )
+    if kind == "qwen3_moe":
+        problems += mistyped(
+            values,
+            whole=(*_REQUIRED_EXPERTS, "num_experts", "num_local_experts"),
+            numbers=("router_aux_loss_coef",),
+            flags=("norm_topk_prob",),
+            optional=("num_experts", "num_local_experts", "norm_topk_prob"),
+        )
+    for name, inside in (("mlp_only_layers", int), ("layer_types", str)):
+        value = values.get(name)
+        if value is not None and not (isinstance(value, list) and all(type(item) is inside for item in value)):
+            problems.append(f"{name} is {value!r}, and a list of {inside.__name__} is expected")
+    return problems
 
 
 class _Settings(dict[str, Any]):
@@ -130,31 +163,55 @@ def _unmodelled(values: Mapping[str, Any]) -> list[str]:
 
 def _rope(values: Mapping[str, Any], problems: list[str]) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary frequencies, from either of the two spellings that transformers has had."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or values.get("rope_theta") or _DEFAULTS["rope_theta"])
+    spellings = {name: values[name] for name in ("rope_parameters", "rope_scaling") if values.get(name)}
+    read = {name: _rope_spelling(name, rope, problems) for name, rope in spellings.items()}
+    bases = {f"{name}.rope_theta": theta for name, (theta, _) in read.items() if theta is not None}
+    if type(values.get("rope_theta")) in (int, float):
+        bases["rope_theta"] = values["rope_theta"]
+    if len(set(bases.values())) > 1:
+        problems.append(" and ".join(f"{name} is {theta}" for name, theta in bases.items()) + ": they contradict")
+    if len({scaling for _, scaling in read.values()}) > 1:
+        problems.append("rope_parameters and rope_scaling describe different scalings: they contradict")
+    theta = next(iter(bases.values()), _DEFAULTS["rope_theta"])
+    if theta == 0:
+        problems.append("rope_theta is 0, which is no base of frequencies")
+    if problems:  # what follows is not used, and might be of any type
+        return 0.0, None
+    return float(theta), next((scaling for _, scaling in read.values()), None)
+
+
+def _rope_spelling(name: str, values: Any, problems: list[str]) -> tuple[float | None, RopeScaling | None]:
+    """Base, if it is there, and scaling."""
+    if not isinstance(values, dict):
+        problems.append(f"{name} is {values!r}, and an object is expected")
+        return None, None
+    rope = dict(values)
+    theta = rope.pop("rope_theta", None)
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
+    wrong = mistyped({"rope_theta": theta} | rope, numbers=("rope_theta", *_SCALING), optional=("rope_theta",))
+    if wrong:
+        problems += [f"in {name}, {problem}" for problem in wrong]
+        return None, None
+    problems += [
+        f"{name} has {key} {value!r}, which is not known here"
+        for key, value in rope.items()
+        if key not in _SCALING and value not in _FIXED.get(key, (None,))
+    ]
     if kind == "default":
         return theta, None
-    names = {
-        "factor": "factor",
-        "low_freq_factor": "low_frequency_factor",
-        "high_freq_factor": "high_frequency_factor",
-        "original_max_position_embeddings": "original_context",
-    }
     if kind != "llama3":
         problems.append(f"the rope type is {kind!r}, and only 'default' and 'llama3' are modelled")
         return theta, None
-    problems += [f"the rope scaling has no {name}" for name in names if name not in rope]
-    problems += [f"the rope scaling has {name}, which is not known here" for name in rope if name not in names]
-    given = {ours: float(rope[theirs]) for theirs, ours in names.items() if theirs in rope}
+    problems += [f"the rope scaling has no {name}" for name in _SCALING if name not in rope]
+    given = {ours: float(rope[theirs]) for theirs, ours in _SCALING.items() if theirs in rope}
     original = int(given.pop("original_context", RopeScaling.original_context))
     return theta, RopeScaling(**given, original_context=original)
 
 
 def _experts(get: _Settings) -> MoEConfig:
     return MoEConfig(
-        experts=get["num_experts"] if "num_experts" in get else get.get("num_local_experts", 128),
+        experts=get.get("num_experts") or get.get("num_local_experts") or 128,
         top_k=get["num_experts_per_tok"],
         hidden_dim=get["moe_intermediate_size"],
         normalize_weights=bool(get["norm_topk_prob"]),
@@ -199,7 +256,7 @@ def to_hugging_face(
     values.setdefault("max_position_embeddings", _CONTEXT[kind] if config.rope_scaling is None else _LONG_CONTEXT)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     values.pop("layer_types", None)  # all alike, and as many as there are layers
-    values |= _rope_settings(config, "rope_parameters" in values)
+    values |= _rope_settings(config, values)
     if (moe := config.moe) is not None:
         values.pop("num_local_experts", None)
         values |= {
@@ -227,20 +284,20 @@ def model_type(config: DecoderConfig) -> str:
     raise ModelConfigError(f"transformers' models have no counterpart for {type(config).__name__}.")
 
 
-def _rope_settings(config: DecoderConfig, in_one: bool) -> dict[str, Any]:
+def _rope_settings(config: DecoderConfig, base: Mapping[str, Any]) -> dict[str, Any]:
+    """In each of the spellings that `base` has."""
     scaling = config.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling is not None:
         rope = {
             "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency_factor,
-            "high_freq_factor": scaling.high_frequency_factor,
-            "original_max_position_embeddings": scaling.original_context,
+            **{theirs: getattr(scaling, ours) for theirs, ours in _SCALING.items()},
         }
-    if in_one:
-        return {"rope_parameters": rope | {"rope_theta": config.rope_theta}}
-    return {"rope_theta": config.rope_theta, "rope_scaling": None if scaling is None else rope}
+    older = {"rope_theta": config.rope_theta, "rope_scaling": None if scaling is None else rope}
+    if "rope_parameters" not in base:
+        return older
+    newer = {"rope_parameters": rope | {"rope_theta": config.rope_theta}}
+    return newer | {name: value for name, value in older.items() if name in base}
 
 
 def _unexportable(config: DecoderConfig, kind: str) -> list[str]:

@@ -11,9 +11,12 @@ from typing import Any
 
 from titan_models.config import DecoderConfig, ModelConfigError, RopeScaling
 from titan_models.families.llama3 import PRESETS, Llama3Config
+from titan_models.foreign_settings import mistyped
 
 PARAMS_FILE = "params.json"
 _FACTOR = "rope_scaling_factor"
+UNSAID = ("init_std",)
+"""Fields of a configuration that the format has no place for."""
 _KNOWN = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"),
     *("rope_theta", "use_scaled_rope", _FACTOR, "max_seq_len", "max_batch_size"),
@@ -33,6 +36,15 @@ def from_meta(values: Mapping[str, Any], *, vocab_size: int, tied: bool) -> Llam
         ModelConfigError: listing everything that is missing or unknown.
     """
     problems = [f"{name} is missing" for name in _REQUIRED if name not in values]
+    problems += mistyped(
+        values,
+        whole=(*_REQUIRED, "n_kv_heads", "multiple_of"),
+        numbers=("ffn_dim_multiplier", "norm_eps", "rope_theta", _FACTOR),
+        flags=("use_scaled_rope",),
+        optional=("n_kv_heads", "ffn_dim_multiplier", "use_scaled_rope"),
+    )
+    if values.get("rope_theta") == 0:
+        problems.append("rope_theta is 0, which is no base of frequencies")
     problems += [
         f"{name} is {value!r}, which is not known here" for name, value in values.items() if name not in _KNOWN
     ]

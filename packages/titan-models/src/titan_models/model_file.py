@@ -9,6 +9,7 @@ import importlib
 import json
 import types
 import typing
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from titan_models.config import DecoderConfig, ModelConfigError
@@ -38,6 +39,31 @@ def from_json(text: str | bytes) -> DecoderConfig:
             f"{MODEL_FILE} holds a {type(config).__name__}, and the configuration of a model is wanted."
         )
     return config
+
+
+def differences(one: DecoderConfig, other: DecoderConfig, unsaid: Collection[str] = ()) -> list[str]:
+    """The fields in which two models differ, each as `moe.top_k: 2 and 4`; the same ones that `to_json` carries.
+
+    Args:
+        one: a configuration.
+        other: another one.
+        unsaid: fields to pass over, since the format that one of the two came from has no place for them.
+    """
+    return [f"{name}: {values}" for name, values in _compared(_encoded(one), _encoded(other), "") if name not in unsaid]
+
+
+def _compared(one: Any, other: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in dict.fromkeys([*one, *other]):
+            yield from _compared(one.get(name, "not set"), other.get(name, "not set"), f"{where}.{name}".lstrip("."))
+    elif one != other:
+        yield where, f"{_shown(one)} and {_shown(other)}"
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return f"({', '.join(f'{name} {_shown(item)}' for name, item in value.items() if name != _TYPE)})"
 
 
 def _encoded(value: Any) -> Any:

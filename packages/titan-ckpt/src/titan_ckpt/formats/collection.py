@@ -37,8 +37,8 @@ class Collection:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Names as text, the first few of many."""
+def listed(names: Iterable[str], limit: int = 8, separator: str = ", ") -> str:
+    """Names or sentences as text, the first few of many."""
     names = list(names)
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return separator.join(names[:limit]) + more

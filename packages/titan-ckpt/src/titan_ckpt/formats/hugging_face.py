@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
-from titan_ckpt.formats.collection import Collection, Tensors
+from titan_ckpt.formats.collection import Collection, Tensors, listed
 from titan_ckpt.formats.safetensors import has_name, read_safetensors
 from titan_ckpt.lazy import LazyTensor
 from titan_ckpt.place import Place
@@ -45,10 +45,13 @@ def read_hugging_face(place: Place) -> Collection:
     problems: list[str] = []
     weight_map = _weight_map(place, problems) if INDEX_NAME in files else None
     wanted = set(weight_map.values()) if weight_map is not None else {SINGLE_NAME}
-    problems += [f"{name} is missing, which {INDEX_NAME} names" for name in sorted(wanted - shards.keys())]
     strangers = sorted(shards.keys() - wanted)
-    named = INDEX_NAME if weight_map is not None else f"a lone {SINGLE_NAME}"
-    problems += [f"{name} is left over: {named} does not go with it" for name in strangers]
+    if weight_map is None and SINGLE_NAME not in shards:
+        problems.append(f"{INDEX_NAME} is missing, without which nobody can tell what goes with {listed(strangers)}")
+    else:
+        named = INDEX_NAME if weight_map is not None else f"a lone {SINGLE_NAME}"
+        problems += [f"{name} is missing, which {named} names" for name in sorted(wanted - shards.keys())]
+        problems += [f"{name} is left over: {named} does not go with it" for name in strangers]
     tensors: dict[str, LazyTensor] = {}
     for name in sorted(shards.keys() & wanted):
         try:

@@ -40,8 +40,19 @@ def read_meta(place: Place, split: Mapping[str, int | None]) -> Collection:
     for key in dict.fromkeys(key for part in parts.values() for key in part.tensors):
         there = {name: part.tensors[key] for name, part in parts.items() if key in part.tensors}
         problems += [f"{key} is not in {name}" for name in files if name not in there]
+        problems += _unequal(key, there)
         tensors[key] = _merged(place, key, list(there.values()), split.get(key))
     return Collection(place=place, format="Meta Llama", tensors=tensors, files=sizes, problems=tuple(problems))
+
+
+def _unequal(key: str, shards: Mapping[str, LazyTensor]) -> list[str]:
+    """Shards of one split are equal."""
+    (first, one), *others = shards.items()
+    return [
+        f"{key} is {list(other.shape)} in {name} and {list(one.shape)} in {first}: they are of different splits"
+        for name, other in others
+        if other.shape != one.shape
+    ]
 
 
 def _merged(place: Place, key: str, shards: list[LazyTensor], dim: int | None) -> LazyTensor:

@@ -12,7 +12,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 import torch
@@ -28,6 +28,8 @@ from titan_ckpt.state import Flat, flatten
 from titan_ckpt.storage import HashingFile
 from titan_ckpt.stored import StoredFile
 from titan_ckpt.streams import write_rows
+
+_OLD_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # with which files began before version 1.6
 
 
 def read_torch_file(place: Place, name: str) -> tuple[Collection, Mapping[str, Json]]:
@@ -51,6 +53,18 @@ def read_torch_file(place: Place, name: str) -> tuple[Collection, Mapping[str, J
         place=place, format="torch.save file", tensors=tensors, others=tuple(flat.values), files={name: file.size}
     )
     return collection, flat.values
+
+
+def is_torch_file(place: Place, name: str) -> bool:
+    """Whether `torch.save` has written a file, now or before version 1.6; looks at its form and unpickles nothing."""
+    file = StoredFile(place, name)
+    if bytes(file.read(0, min(len(_OLD_MAGIC), file.size))) == _OLD_MAGIC:
+        return True
+    try:
+        with zipfile.ZipFile(cast(IO[bytes], file.open())) as archive:
+            return any(PurePosixPath(entry).name == "data.pkl" for entry in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def placed(file: StoredFile, tensor: Tensor, offset: int) -> LazyTensor:
