@@ -82,8 +82,8 @@ def test_hashes_are_compared_unless_told_not_to(model_file: Path, tmp_path: Path
         ("dcp-to-torch", "empty", "out", "is no checkpoint"),
         ("dcp-to-torch", "cut-folder", "out", "__0_0.distcp has 9 bytes instead of"),
         ("torch-to-dcp", "cut.pt", "out", "cannot be read as a torch.save file"),
-        ("dcp-to-torch", "folder", "absent/out", "absent/out could not be written"),
-        ("torch-to-dcp", "model.pt", "absent/out", "absent/out could not be written"),
+        ("dcp-to-torch", "folder", "absent/out", "absent does not exist; make it first"),
+        ("torch-to-dcp", "model.pt", "absent/out", "absent does not exist; make it first"),
         ("torch-to-dcp", "model.pt", "model.pt/out", "could not be written"),
     ],
 )
@@ -127,6 +127,43 @@ def test_an_interruption_is_told_and_goes_on_when_run_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "out.partial"]
     assert main(["torch-to-dcp", str(model_file), str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "out"]
+
+
+def test_what_the_system_refuses_is_one_paragraph(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(self: object) -> bool:
+        raise OSError("EndpointConnectionError: Could not connect\nto the endpoint")
+
+    monkeypatch.setattr("titan_ckpt.place.LocalPlace.exists", unreachable)
+    for command in (["inspect"], ["verify"], ["hf-to-dcp", "--no-check", "x"]):
+        assert main([*command, str(model_file)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("titan-convert: EndpointConnectionError: Could not connect to the endpoint. Check ")
+
+
+def test_a_store_that_cannot_be_reached_is_one_paragraph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    result = run("inspect", "s3://bucket/step-5")
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("titan-convert: s3://bucket/step-5: EndpointConnectionError: ")
+
+
+def test_a_reader_that_goes_ends_it_quietly(tmp_path: Path) -> None:
+    torch.save({f"layers.{i}.w": torch.zeros(1) for i in range(5000)}, tmp_path / "a.pt")
+    torch.save({f"blocks.{i}.w": torch.zeros(1) for i in range(5000)}, tmp_path / "b.pt")
+    command = [sys.executable, "-m", "titan_convert", "diff", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("blocks.0.w: only in B")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,22 @@ def test_a_family_without_such_names_is_refused(
     assert run("dcp-to-llama", tmp_path / "step-0", tmp_path / "out") == 1
 
 
+def test_a_folder_made_of_a_training_run_names_the_tokens_of_its_tokenizer(tmp_path: Path) -> None:
+    config = Qwen3Config(vocab_size=64, dim=32, layers=1, heads=4, kv_heads=2, head_dim=8, hidden_dim=48)
+    files = {
+        "model.json": to_json(config).encode(),
+        "config.json": b'{"type": "a run\'s own"}',
+        "tokenizer.json": b'{"added_tokens": [{"id": 7, "content": "<end>"}], "model": {"vocab": {"a": 0, "<s>": 3}}}',
+        "tokenizer_config.json": b'{"eos_token": {"content": "<end>"}, "bos_token": "<s>", "pad_token": null}',
+    }
+    Checkpointer(tmp_path).save(5, {"model": config.build()}, files=files)
+    assert run("dcp-to-hf", tmp_path / "step-5", tmp_path / "out", "--no-check") == 0
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "out" / name).read_text())
+        tokens = {name: value for name, value in values.items() if name.endswith("token_id")}
+        assert tokens == {"eos_token_id": 7, "bos_token_id": 3}
+
+
 # ---- what others let through
 
 
@@ -196,6 +212,10 @@ def refused(capsys: pytest.CaptureFixture[str], root: Path, *arguments: object) 
         ({"intermediate_size": 81}, "[81, 48] is expected"),
         ({"vocab_size": 131}, "[131, 48] is expected"),
         ({"tie_word_embeddings": True}, "lm_head.weight in model.safetensors has other numbers than tok_embeddings"),
+        ({"rope_theta": 9.0}, "rope_parameters.rope_theta is 500.0 and rope_theta is 9.0: they contradict"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None, and a number"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4'"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
@@ -270,6 +290,25 @@ def test_numbers_stay_in_their_dtype_unless_another_is_asked_for(saved: Saved, t
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert run("dcp-to-hf", tmp_path / "step-0", tmp_path / "half", "--dtype", "bfloat16", "--no-check") == 0
     assert same(weights(tmp_path / "half"), weights(source))
+
+
+def test_a_forgotten_name_of_the_project_is_the_first_thing_said(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("hf-to-dcp", saved(), tmp_path / "step-0", "--keys", "torchtitan", "--no-check") == 0
+    message = refused(capsys, tmp_path, "dcp-to-hf", tmp_path / "step-0", tmp_path / "out", "--no-check")
+    assert "nothing was written. 30 of the 30 names of this model are not there: " in message
+    assert "--keys and --config" in message
+    assert message.rstrip().endswith("and 23 more.")
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = saved() / "model.safetensors"
+    for command in ("hf-to-dcp", "llama-to-dcp", "dcp-to-hf"):
+        message = refused(capsys, tmp_path, command, file, tmp_path / "out", "--no-check")
+        assert f"is a file, and a folder is wanted: name the one that it is in, {file.parent}" in message
 
 
 def test_a_plan_can_be_looked_at(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

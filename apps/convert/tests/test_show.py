@@ -1,10 +1,13 @@
 """`inspect` and `verify`, on every format."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tiny_models import as_meta
 from titan_convert.cli import main
 
 
@@ -38,6 +41,38 @@ def test_a_folder_that_is_not_whole_is_shown_with_its_problems(
     text = capsys.readouterr().out
     assert "problem    model.safetensors is no whole safetensors file" in text
     assert "has no config.json" in text
+
+
+def test_an_unreadable_manifest_is_shown(places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = places["dcp"] / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 0', '"step": 1'))
+    assert main(["inspect", str(places["dcp"])]) == 1
+    assert "problem    manifest.json is not what was written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("vocab_size", [132, -1])
+def test_a_missing_last_shard_of_metas_shows_in_the_shapes(
+    places: dict[str, Path], vocab_size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = places["meta"] / "params.json"
+    params.write_text(json.dumps(json.loads(params.read_text()) | {"vocab_size": vocab_size}))
+    assert main(["verify", str(places["meta"])]) == 0
+    assert "whole: " in capsys.readouterr().out
+    last = places["meta"] / "consolidated.01.pth"
+    content = last.read_bytes()
+    last.unlink()
+    assert main(["verify", str(places["meta"])]) == 1
+    output = capsys.readouterr()
+    expected = (
+        "the embedding has 66 rows" if vocab_size > 0 else "wq.weight in consolidated.00.pth is [32, 64], and [64, 64]"
+    )
+    assert expected in output.err
+    assert "damaged: " in output.out
+    last.write_bytes(content)
+    as_meta(places["hf"], places["meta"].with_name("four"), 4)
+    shutil.copy(places["meta"].with_name("four") / "consolidated.01.pth", last)
+    assert main(["verify", str(places["meta"])]) == 1
+    assert "they are of different splits" in capsys.readouterr().err
 
 
 def test_verify_says_what_it_has_compared(places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

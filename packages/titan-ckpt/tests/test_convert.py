@@ -1,7 +1,9 @@
 import collections
+import multiprocessing
 import os
 import pickle
 import resource
+import signal
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from titan_ckpt.checkpoint import open_checkpoint
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.convert import dcp_to_torch, torch_to_dcp
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
+from titan_ckpt.journal import FOLDER
+from titan_ckpt.storage import HashingFile
 
 
 def model() -> torch.nn.Sequential:
@@ -143,6 +147,10 @@ def test_nothing_is_overwritten_unasked(checkpoint: Path, torch_file: Path, tmp_
     assert "is a folder" in refuse(dcp_to_torch, checkpoint, tmp_path, overwrite=True)
     (tmp_path / "photos").mkdir()
     assert "is not a checkpoint" in refuse(torch_to_dcp, torch_file, tmp_path / "photos", overwrite=True)
+    for content in (b"", b"my notes", b"PK\5\6" + bytes(18)):  # the last is an archive, an empty one
+        (tmp_path / "photos" / "notes").write_bytes(content)
+        message = refuse(dcp_to_torch, checkpoint, tmp_path / "photos" / "notes", overwrite=True)
+        assert "notes exists and is no file of torch.save" in message
 
     dcp_to_torch(checkpoint, torch_file, only="data", overwrite=True)
     assert torch.load(torch_file, weights_only=True)["t"].tolist() == [0, 1, 2, 3, 4]
@@ -211,11 +219,36 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_refused(checkpoint: Path, torch_file: Path, tmp_path: Path) -> None:
     nowhere = tmp_path / "absent" / "x"
-    assert "absent/x could not be written" in refuse(dcp_to_torch, checkpoint, nowhere)
-    assert "absent/x could not be written" in refuse(torch_to_dcp, torch_file, nowhere)
+    for message in (refuse(dcp_to_torch, checkpoint, nowhere), refuse(torch_to_dcp, torch_file, nowhere)):
+        assert f"absent/x could not be written: the folder {nowhere.parent} does not exist; make it first" in message
     under_a_file = torch_file / "x"
-    assert "could not be written" in refuse(dcp_to_torch, checkpoint, under_a_file)
-    assert "could not be written" in refuse(torch_to_dcp, torch_file, under_a_file)
+    assert "model.pt is a file" in refuse(dcp_to_torch, checkpoint, under_a_file)
+    assert "model.pt is a file" in refuse(torch_to_dcp, torch_file, under_a_file)
+
+
+def test_what_killed_runs_have_left_of_the_same_file_is_removed(checkpoint: Path, tmp_path: Path) -> None:
+    def killed() -> None:
+        HashingFile.write = lambda self, data: os.kill(os.getpid(), signal.SIGKILL)
+        dcp_to_torch(checkpoint, tmp_path / "x.pt")
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join(60)
+    left = [path.name for path in tmp_path.glob("x.pt.tmp-*")]
+    assert len(left) == 1
+    others = ("x.pt.tmp-notes", "y.pt.tmp-0a1b2c3d", "x.pt.old-0a1b2c3d")
+    for name in others:
+        (tmp_path / name).touch()
+    dcp_to_torch(checkpoint, tmp_path / "x.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "x.pt", *others}
+
+
+def test_the_remains_of_another_conversion_can_be_deleted(torch_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial" / FOLDER).mkdir(parents=True)
+    (tmp_path / "out.partial" / FOLDER / "plan.json").write_text("{}")
+    assert "--restart" in refuse(torch_to_dcp, torch_file, tmp_path / "out")
+    torch_to_dcp(torch_file, tmp_path / "out", restart=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "out"}
 
 
 def test_a_full_disk_is_told_and_what_is_whole_is_kept(checkpoint: Path, torch_file: Path, tmp_path: Path) -> None:

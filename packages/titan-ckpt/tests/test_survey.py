@@ -54,6 +54,14 @@ def test_what_is_nothing_is_refused_with_what_is_near(places: dict[str, Path], t
         detect(place_of(tmp_path / "runs"))
 
 
+def test_the_manifest_is_looked_at_before_it_is_verified(places: dict[str, Path]) -> None:
+    place, manifest = place_of(places["checkpoint"]), places["checkpoint"] / "manifest.json"
+    (places["checkpoint"] / "state.json").unlink()
+    assert read_any(place, {}).problems == ("state.json is missing",)
+    manifest.write_text(manifest.read_text()[:-5])
+    assert "manifest.json cannot be read" in read_any(place, {}).problems[0]
+
+
 def damage(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-4] + bytes(255 - byte for byte in content[-4:]))

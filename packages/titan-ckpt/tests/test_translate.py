@@ -22,7 +22,16 @@ from titan_ckpt.layouts import SEAL_NAME
 from titan_ckpt.lazy import LazyTensor
 from titan_ckpt.place import place_of
 from titan_ckpt.plan import Plan, UnfitSourceError, run
-from titan_ckpt.translate import carried_files, from_dcp, from_hugging_face, from_meta, to_dcp, to_hugging_face, to_meta
+from titan_ckpt.translate import (
+    Native,
+    carried_files,
+    from_dcp,
+    from_hugging_face,
+    from_meta,
+    to_dcp,
+    to_hugging_face,
+    to_meta,
+)
 
 HF = {"embed": "model.embed", "layers.*.w": ("model.*.w", "rotary"), "head": ("lm_head", "untied")}
 META = {"embed": ("tok", "split 0"), "layers.*.w": ("l.*.w", "split 1"), "head": ("output", "split 0")}
@@ -133,6 +142,34 @@ def test_every_problem_is_told_before_anything_is_written(hf: Path, tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 
+def test_the_cause_comes_first_and_many_names_are_counted(hf: Path, tmp_path: Path) -> None:
+    many = {f"layers.{i}.w": torch.ones(8, 4) for i in range(20)}
+    facts = ModelFacts(shapes=dict.fromkeys(many, (8, 4)), head_dim=4)
+    save_file({name.replace("layers", "model"): tensor for name, tensor in many.items()}, hf / "model.safetensors")
+    run(to_dcp(from_hugging_face(hf, HF, facts), tmp_path / "theirs", keys=META, under=None))
+
+    def message(native: Native) -> str:
+        with pytest.raises(UnfitSourceError) as raised:
+            run(to_dcp(native, tmp_path / "out"))
+        assert len(raised.value.problems) > 20
+        assert str(raised.value).count("is missing in") <= 8
+        return str(raised.value).partition("nothing was written. ")[2]
+
+    forgotten = message(from_dcp(tmp_path / "theirs", None, facts))
+    assert forgotten.startswith("20 of the 20 names of this model are not there: they are those of another project")
+    assert "--keys and --config" in forgotten
+    assert forgotten.endswith("and 13 more.")
+    assert message(from_dcp(tmp_path / "theirs", None, facts, under=None)).startswith("20 of the 20 names")
+    other = ModelFacts(shapes={f"layers.{i}.w": (8, 4) for i in range(90)}, head_dim=4)
+    assert message(from_hugging_face(hf, HF, other)).startswith("70 of the 90 names of this model are not there")
+
+    (hf / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-1])
+    assert message(from_hugging_face(hf, HF, facts)).startswith("model.safetensors is no whole safetensors file")
+    (hf / "model.safetensors").rename(hf / "model-00001-of-00002.safetensors")
+    alone = message(from_hugging_face(hf, HF, facts))
+    assert alone.startswith("model.safetensors.index.json is missing, without which nobody can tell what goes with ")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_dtype_is_that_of_the_source_or_the_one_asked_for(hf: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     run(plan_dcp(hf, tmp_path / "step-0", dtype=dtype))
@@ -230,7 +267,7 @@ def test_another_plan_says_so_and_starts_anew_only_if_asked(hf: Path, tmp_path: 
     options = {"dtype": torch.bfloat16} if change == "options" else {}
     if change == "source":
         save_file(tensors(), hf / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"out\.partial has the remains of another conversion"):
+    with pytest.raises(CheckpointError, match=r"out\.partial has the remains of another conversion.*--restart"):
         run(plan_dcp(hf, tmp_path / "out", **options))
     assert run(plan_dcp(hf, tmp_path / "out", **options), restart=True) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
@@ -241,17 +278,45 @@ def test_what_is_in_the_way_is_not_touched(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"out\.partial is in the way"):
         run(plan_dcp(hf, tmp_path / "out"))
     (tmp_path / "photos").mkdir()
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"exists and is not a checkpoint with a manifest\.json"):
         run(plan_dcp(hf, tmp_path / "photos"), overwrite=True)
-    with pytest.raises(CheckpointError, match="absent is no folder"):
+    with pytest.raises(CheckpointError, match=r"the folder .*absent does not exist; make it first"):
         run(plan_dcp(hf, tmp_path / "absent" / "out"))
     run(plan_dcp(hf, tmp_path / "step-0"))
-    with pytest.raises(CheckpointError, match=r"exists\. Give another name"):
+    with pytest.raises(CheckpointError, match=r"exists\. Give another name, or replace it with --overwrite"):
         run(plan_dcp(hf, tmp_path / "step-0"))
     run(plan_dcp(hf, tmp_path / "step-0"), overwrite=True)
     out = to_hugging_face(from_dcp(tmp_path / "step-0", None, FACTS), hf, keys=HF, files={})
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):  # nobody's download is replaced
+    with pytest.raises(CheckpointError, match="is not a result of titan-convert"):  # nobody's download is replaced
         run(out, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "titan-convert.json"])
+def test_a_folder_is_ours_only_if_its_list_of_files_is_and_has_them_all(hf: Path, tmp_path: Path, name: str) -> None:
+    dst = tmp_path / "out"
+
+    def plan() -> Plan:
+        return (
+            plan_dcp(hf, dst)
+            if name == "manifest.json"
+            else to_hugging_face(from_hugging_face(hf, HF, FACTS), dst, keys=HF, files={})
+        )
+
+    for content in ("{}", "[1]", "no JSON", '{"format": "titan-convert"}', '{"name": "an extension of a browser"}'):
+        dst.mkdir()
+        (dst / name).write_text(content)
+        with pytest.raises(CheckpointError, match=f"{name} that can be read"):
+            run(plan(), overwrite=True)
+        assert (dst / name).read_text() == content
+        shutil.rmtree(dst)
+    run(plan())
+    (dst / "sub").mkdir()
+    (dst / "sub" / "thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match=f"files that its {name} doesn't list: sub/thesis.tex"):
+        run(plan(), overwrite=True)
+    assert (dst / "sub" / "thesis.tex").exists()
+    shutil.rmtree(dst / "sub")
+    run(plan(), overwrite=True)
 
 
 def test_a_damaged_source_leaves_nothing(hf: Path, tmp_path: Path) -> None:

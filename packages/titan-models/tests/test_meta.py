@@ -69,3 +69,19 @@ def test_what_is_missing_unknown_or_contradictory_is_listed():
 def test_what_the_format_cannot_express_is_refused(config, message):
     with pytest.raises(ModelConfigError, match=message):
         to_meta(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_heads": 0}, "n_heads is 0, and a whole number of at least 1 is expected"),
+        ({"dim": "4096"}, "dim is '4096'"),
+        ({"norm_eps": None}, "norm_eps is None, and a number of at least 0 is expected"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope is 1, and true or false is expected"),
+    ],
+)
+def test_what_has_not_its_type_is_refused_by_name(changes, message):
+    with pytest.raises(ModelConfigError) as raised:
+        read(LLAMA_31_8B | changes)
+    assert message in str(raised.value)

@@ -1,7 +1,8 @@
 """`titan-convert COMMAND …`: reads the command line, has the command carried out, says what came of it.
 
 Exit codes: 0 done, 1 not done, or `diff` and `verify` have found something (what, is on stderr or in the table), 2 the
-command line is wrong, 130 interrupted, 141 nobody reads the output any more. Imports no torch before it is needed, so that help and mistakes answer at once.
+command line is wrong, 130 interrupted, 141 nobody reads the output any more. Imports no torch before it is needed, so
+that help and mistakes answer at once.
 """
 
 import argparse
@@ -56,25 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"titan-convert: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # of what is printed (`| head`): what is left of it is thrown away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except OSError as error:
-        if _reader_has_gone():
-            return _BROKEN_PIPE
         told = " ".join(str(error).split())
         print(f"titan-convert: {told}. Check names, permissions and the connection, and run again.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("titan-convert: interrupted; run again to go on, nothing has been replaced.", file=sys.stderr)
         return 130
-
-
-def _reader_has_gone() -> bool:
-    """Whether nobody takes what is printed any more (`| head`); what is left of it is thrown away."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -26,9 +25,9 @@ from titan_ckpt.translate import (
 )
 from titan_convert import models
 from titan_convert.models import Model
-from titan_convert.special_tokens import special_tokens
-from titan_models import hugging_face, meta, model_file
+from titan_models import meta, model_file
 from titan_models.config import ModelConfigError
+from titan_models.hugging_face_files import settings_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +107,13 @@ def _to_dcp(source: Source, dst: Place, options: Options) -> Plan:
 
 
 def _to_hugging_face(source: Source, dst: Place, options: Options) -> Plan:
+    tokenizer = {name: source.files[name] for name in hf_format.CARRIED if name in source.files}
     return to_hugging_face(
         source.native,
         dst,
         keys=source.model.table("hf"),
         dtype=_dtype(options),
-        files=hugging_face_files(source, options),
+        files={**tokenizer, **settings_files(source.model.config, _dtype_name(source, options), source.files)},
         shard_bytes=options.shard_bytes,
     )
 
@@ -137,22 +137,6 @@ def _to_meta(source: Source, dst: Place, options: Options) -> Plan:
 
 
 _WRITERS = {"dcp": _to_dcp, "hf": _to_hugging_face, "llama": _to_meta}
-
-
-def hugging_face_files(source: Source, options: Options) -> dict[str, bytes]:
-    """config.json, generation_config.json and the tokenizer's files; config.json last."""
-    base = json.loads(source.files.get(hf_format.CONFIG_NAME, b"{}"))
-    if "model_type" not in base:  # a training run's own configuration has the same name
-        base = special_tokens(source.files, source.model.config.vocab_size)
-    config = hugging_face.to_hugging_face(source.model.config, _dtype_name(source, options), base)
-    files = {name: source.files[name] for name in hf_format.CARRIED if name in source.files}
-    tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-    files.setdefault("generation_config.json", _json_bytes({"_from_model_config": True, **tokens}))
-    return {**files, hf_format.CONFIG_NAME: _json_bytes(config)}
-
-
-def _json_bytes(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _dtype(options: Options) -> torch.dtype | None:

@@ -3,7 +3,6 @@
 It is read from the checkpoint that was just saved, so it is the same whatever the layout and needs next to no memory.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from titan_ckpt.place import Place
 from titan_ckpt.plan import Plan
 from titan_ckpt.translate import from_dcp, to_hugging_face
 from titan_ckpt.world import RanksFailedError, World
-from titan_models import hugging_face
+from titan_models.hugging_face_files import settings_files
 from titan_quant.policy import torch_dtype
 from titan_train.config import TrainConfig
 from titan_train.weights import facts_of, hugging_face_keys
@@ -34,14 +33,12 @@ def export(config: TrainConfig, checkpoint: Place, *, tokenizer: Mapping[str, by
     world = World()
     folder = _folder(config, checkpoint)
     dtype = config.export.dtype or config.precision.master_dtype
-    values = hugging_face.to_hugging_face(config.model, dtype, {"eos_token_id": eos_id})
-    generation = {"_from_model_config": True, "eos_token_id": eos_id}
     plan = to_hugging_face(
         from_dcp(checkpoint, None, facts_of(config.model)),
         folder,
         keys=hugging_face_keys(config.model),
         dtype=torch_dtype(dtype),
-        files={**tokenizer, "generation_config.json": _json(generation), hugging_face.CONFIG_FILE: _json(values)},
+        files={**tokenizer, **settings_files(config.model, dtype, tokenizer, {"eos_token_id": eos_id})},
         shard_bytes=config.export.shard_bytes,
     )
     try:
@@ -69,7 +66,3 @@ def _carry_out(plan: Plan, world: World, folder: Path) -> None:
     own = world.together(lambda: {file.name: plan.write(file) for file in plan.files[world.rank :: world.size]})
     written = {name: each for part in world.gather(own) for name, each in part.items()}
     world.first(lambda: plan.finish(written))
-
-
-def _json(values: Mapping[str, object]) -> bytes:
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()

@@ -48,12 +48,19 @@ def test_shards_that_are_left_over_are_told(folder: Path) -> None:
     assert f"{ONE} is left over: a lone model.safetensors does not go with it" in problems(folder)
 
 
+def test_a_lone_shard_is_not_taken_for_all(folder: Path) -> None:
+    (folder / INDEX_NAME).unlink()
+    (folder / TWO).unlink()
+    assert problems(folder) == f"{INDEX_NAME} is missing, without which nobody can tell what goes with {ONE}"
+
+
 def test_an_index_that_disagrees_with_the_files_is_told(folder: Path) -> None:
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": ONE, "c": TWO, "d": TWO}}))
     assert f"b is in {ONE}, but not in {INDEX_NAME}" in problems(folder)
     assert f"d is not in {TWO}, where {INDEX_NAME} has it" in problems(folder)
-    (folder / INDEX_NAME).write_text("{")
-    assert f"{INDEX_NAME} cannot be read" in problems(folder)
+    for content in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": []}}'):
+        (folder / INDEX_NAME).write_text(content)
+        assert f"{INDEX_NAME} cannot be read" in problems(folder)
 
 
 def test_a_tensor_that_is_there_twice_is_told(folder: Path) -> None:

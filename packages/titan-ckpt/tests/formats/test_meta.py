@@ -43,3 +43,11 @@ def test_what_is_missing_or_differs_is_told(tmp_path: Path) -> None:
     assert "rows is not in consolidated.02.pth" in found.problems
     with pytest.raises(DamagedCheckpointError, match=r"norm should be the same in consolidated\.00\.pth, "):
         found.tensors["norm"].all()
+
+
+def test_shards_of_different_splits_are_told(tmp_path: Path) -> None:
+    for rank, count in enumerate((2, 4)):
+        torch.save({"rows": WHOLE["rows"].chunk(count)[rank].clone()}, tmp_path / f"consolidated.0{rank}.pth")
+    assert read_meta(LocalPlace(tmp_path), {}).problems == (
+        "rows is [2, 4] in consolidated.01.pth and [4, 4] in consolidated.00.pth: they are of different splits",
+    )

@@ -1,8 +1,9 @@
+import zipfile
 from pathlib import Path
 
 import torch
 
-from titan_ckpt.formats.torch_file import read_torch_file, write_torch_file
+from titan_ckpt.formats.torch_file import is_torch_file, read_torch_file, write_torch_file
 from titan_ckpt.lazy import in_memory
 from titan_ckpt.place import LocalPlace
 from titan_ckpt.streams import create
@@ -48,3 +49,16 @@ def test_what_is_written_is_what_torch_would_read(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
         assert found["again"].data_ptr() == found["a"].data_ptr()
     assert file.record.size == (tmp_path / "x.pt").stat().st_size
+
+
+def test_what_torch_save_has_written_is_recognised_without_reading_it(tmp_path: Path) -> None:
+    place = LocalPlace(tmp_path)
+    for new in (True, False):
+        torch.save({"w": torch.ones(2)}, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+        assert is_torch_file(place, "x.pt")
+    with zipfile.ZipFile(tmp_path / "letters.docx", "w") as archive:
+        archive.writestr("word/document.xml", "dear")
+    for content in (b"", b"P", b"notes", (tmp_path / "x.pt").read_bytes()[5:]):
+        (tmp_path / "notes").write_bytes(content)
+        assert not is_torch_file(place, "notes")
+    assert not is_torch_file(place, "letters.docx")

@@ -78,8 +78,11 @@ def read_hugging_face(place: Place) -> Collection:
 
 def _weight_map(place: Place, problems: list[str]) -> dict[str, str]:
     try:
-        return dict(json.loads(place.read(INDEX_NAME))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = json.loads(place.read(INDEX_NAME))["weight_map"]
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError("its weight_map has to name a file for each tensor")
+        return weight_map
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{INDEX_NAME} cannot be read ({type(error).__name__}: {error})")
         return {}
 
