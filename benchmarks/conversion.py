@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 
 from titan_ckpt.formats.hugging_face import shards
+from titan_ckpt.formats.lazy import LazyTensor
 from titan_ckpt.formats.safetensors import write_safetensors
-from titan_ckpt.lazy import LazyTensor
-from titan_ckpt.place import LocalPlace
-from titan_ckpt.streams import create
+from titan_ckpt.formats.streams import create
+from titan_ckpt.local_place import LocalPlace
 from titan_models.facts import parameter_count, parameter_shapes
 from titan_models.families.llama3 import HUGGING_FACE_KEYS, Llama3Config
 from titan_models.hugging_face import to_hugging_face

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from titan_ckpt.local_place import LocalPlace
 from titan_ckpt.manifest import Manifest
-from titan_ckpt.place import LocalPlace
 from titan_models import model_file
 from titan_models.facts import parameter_count
 from titan_train.cli import run

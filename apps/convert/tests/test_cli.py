@@ -121,7 +121,7 @@ def test_an_interruption_is_told_and_goes_on_when_run_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("titan_ckpt.layouts.metadata_bytes", interrupted)
+        patch.setattr("titan_ckpt.conversion.layouts.metadata_bytes", interrupted)
         assert main(["torch-to-dcp", str(model_file), str(tmp_path / "out")]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "out.partial"]
@@ -135,7 +135,7 @@ def test_what_the_system_refuses_is_one_paragraph(
     def unreachable(self: object) -> bool:
         raise OSError("EndpointConnectionError: Could not connect\nto the endpoint")
 
-    monkeypatch.setattr("titan_ckpt.place.LocalPlace.exists", unreachable)
+    monkeypatch.setattr("titan_ckpt.local_place.LocalPlace.exists", unreachable)
     for command in (["inspect"], ["verify"], ["hf-to-dcp", "--no-check", "x"]):
         assert main([*command, str(model_file)]) == 1
         (line,) = capsys.readouterr().err.splitlines()

@@ -6,7 +6,7 @@ import pytest
 
 from tiny_models import as_meta
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.place import place_of
+from titan_ckpt.location import place_of
 from titan_convert.cli import main
 from titan_convert.models import of_checkpoint, of_hugging_face, of_meta
 from titan_models.model_file import to_json

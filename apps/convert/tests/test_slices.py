@@ -1,6 +1,6 @@
 import torch
 
-from titan_ckpt.lazy import LazyTensor
+from titan_ckpt.formats.lazy import LazyTensor
 from titan_convert.slices import Cut
 from titan_models.config import MoEConfig
 from titan_models.families.qwen3 import PRESETS, Qwen3Config

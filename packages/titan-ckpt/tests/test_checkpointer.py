@@ -20,7 +20,7 @@ from titan_ckpt import storage
 from titan_ckpt.checkpoint import open_checkpoint
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.place import place_of
+from titan_ckpt.location import place_of
 
 STRANGERS = ["backup-step-77", "step-5.tmp", "step-abc"]
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from ranks import run_ranks
 from titan_ckpt.checkpoint import open_checkpoint
 from titan_ckpt.checkpointer import Checkpointer
-from titan_ckpt.directory import candidates
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.open_directory import candidates
 from titan_ckpt.storage import LocalOutput
 
 

@@ -17,7 +17,7 @@ import torch
 from titan_ckpt.checkpoint import open_checkpoint
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.place import place_of
+from titan_ckpt.location import place_of
 
 ROWS = 40_000  # float32: two pieces, so that a save takes a while
 

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from titan_ckpt.checkpoint import open_checkpoint
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
-from titan_ckpt.place import place_of
+from titan_ckpt.location import place_of
 from titan_ckpt.remote_place import RemotePlace
 
 

@@ -2,10 +2,12 @@ from typing import Any
 
 import pytest
 
-from titan_ckpt.directory import attempt_of, candidates, is_checkpoint, open_directory, step_name, step_of
+from titan_ckpt.directory import attempt_of, is_checkpoint, step_name, step_of
 from titan_ckpt.local_directory import LocalDirectory
+from titan_ckpt.location import place_of
 from titan_ckpt.manifest import MANIFEST_NAME, Manifest
-from titan_ckpt.place import Place, place_of
+from titan_ckpt.open_directory import candidates, open_directory
+from titan_ckpt.place import Place
 from titan_ckpt.remote_directory import RemoteDirectory
 
 

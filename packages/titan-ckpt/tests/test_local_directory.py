@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from titan_ckpt.directory import candidates
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.local_directory import LocalDirectory
+from titan_ckpt.local_place import LocalPlace
 from titan_ckpt.manifest import MANIFEST_NAME, Manifest
-from titan_ckpt.place import LocalPlace
+from titan_ckpt.open_directory import candidates
 
 STRANGERS = ["backup-step-77", "step-5.tmp", "step-abc", "step-", "xstep-3", "step-3x", "step-4.tmp-XYZ", "step--1"]
 

@@ -1,8 +1,9 @@
 import pytest
 
-from titan_ckpt.directory import open_directory
+from titan_ckpt.location import place_of
 from titan_ckpt.manifest import MANIFEST_NAME
-from titan_ckpt.place import Place, place_of
+from titan_ckpt.open_directory import open_directory
+from titan_ckpt.place import Place
 from titan_ckpt.remote_directory import RemoteDirectory
 
 STRANGERS = [

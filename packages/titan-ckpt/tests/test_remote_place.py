@@ -7,7 +7,8 @@ from fsspec.implementations.memory import MemoryFile
 
 from ranks import run_ranks
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.place import Place, place_of
+from titan_ckpt.location import place_of
+from titan_ckpt.place import Place
 
 
 def write(place: Place, name: str, content: bytes) -> None:

@@ -68,7 +68,7 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     """Compares the two sides that a request names."""
     import torch
 
-    from titan_ckpt.place import place_of
+    from titan_ckpt.location import place_of
     from titan_convert.convert import Options, read
     from titan_convert.slices import Cut
 
@@ -114,10 +114,10 @@ def _transformers_logits(place: Any, cut: Any, tokens: Any, dtype: str | None) -
     from transformers import AutoModelForCausalLM
 
     from titan_ckpt.formats.hugging_face import CONFIG_NAME, SINGLE_NAME, read_hugging_face
+    from titan_ckpt.formats.lazy import cast
     from titan_ckpt.formats.safetensors import write_safetensors
-    from titan_ckpt.lazy import cast
-    from titan_ckpt.place import LocalPlace
-    from titan_ckpt.streams import create
+    from titan_ckpt.formats.streams import create
+    from titan_ckpt.local_place import LocalPlace
 
     config = json.loads(place.read(CONFIG_NAME))
     whole = read_hugging_face(place).tensors

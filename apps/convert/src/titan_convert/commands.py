@@ -6,13 +6,14 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 
-from titan_ckpt import convert as plain
+from titan_ckpt.conversion import torch_files as plain
+from titan_ckpt.conversion.plan import Plan, Proof, run
+from titan_ckpt.conversion.survey import verifying
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.formats.collection import listed
+from titan_ckpt.location import place_of
 from titan_ckpt.manifest import Json
-from titan_ckpt.place import Place, place_of
-from titan_ckpt.plan import Plan, Proof, run
-from titan_ckpt.survey import verifying
+from titan_ckpt.place import Place
 from titan_convert.check import prove
 from titan_convert.convert import Options, plan
 from titan_convert.progress import ProgressLine, size_text

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from titan_ckpt.errors import CheckpointError
-from titan_ckpt.formats import hugging_face as hf_format
-from titan_ckpt.formats import meta as meta_format
-from titan_ckpt.place import Place
-from titan_ckpt.plan import Plan
-from titan_ckpt.translate import (
+from titan_ckpt.conversion.plan import Plan
+from titan_ckpt.conversion.translate import (
     SHARD_BYTES,
     Native,
     carried_files,
@@ -23,6 +19,10 @@ from titan_ckpt.translate import (
     to_meta,
     verified,
 )
+from titan_ckpt.errors import CheckpointError
+from titan_ckpt.formats import hugging_face as hf_format
+from titan_ckpt.formats import meta as meta_format
+from titan_ckpt.place import Place
 from titan_convert import models
 from titan_convert.models import Model
 from titan_models import meta, model_file
@@ -89,7 +89,9 @@ def read(name: str, place: Place, options: Options) -> Source:
         model = models.of_meta(place)
         native = from_meta(place, model.table("meta"), model.facts, model.derived)
         return Source(model, native, carried_files(place))
-    verified(place, hashes=False)  # the hashes take as long as the conversion: see `titan_ckpt.survey.verifying`
+    verified(
+        place, hashes=False
+    )  # the hashes take as long as the conversion: see `titan_ckpt.conversion.survey.verifying`
     model = models.of_checkpoint(place, options.config)
     native = from_dcp(place, model.keys(options.keys), model.facts, model.derived, models.UNDER[options.keys])
     return Source(model, native, carried_files(place))

@@ -10,12 +10,13 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 
-from titan_ckpt.compare import differences
+from titan_ckpt.conversion.compare import differences
+from titan_ckpt.conversion.plan import Counter
+from titan_ckpt.conversion.survey import Format, detect, read_any
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.formats.collection import Tensors, listed
-from titan_ckpt.place import Place, place_of
-from titan_ckpt.plan import Counter
-from titan_ckpt.survey import Format, detect, read_any
+from titan_ckpt.location import place_of
+from titan_ckpt.place import Place
 from titan_convert import models
 from titan_convert.convert import Options, Source, read
 from titan_convert.models import Model

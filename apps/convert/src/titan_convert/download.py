@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.place import place_of
+from titan_ckpt.location import place_of
 from titan_convert.progress import ProgressLine, size_text
 
 ASSETS: Mapping[str, tuple[str, ...]] = {

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.place import Place, place_of
+from titan_ckpt.location import place_of
+from titan_ckpt.place import Place
 from titan_models import hugging_face, meta, model_file
 from titan_models.config import DecoderConfig, ModelConfigError
 from titan_models.facts import shared_names, state_shapes
 
 if TYPE_CHECKING:
-    from titan_ckpt.keymap import KeyMap, ModelFacts
+    from titan_ckpt.conversion.keymap import KeyMap, ModelFacts
 
 UNDER: Mapping[str, str | None] = {"titan": "model", "torchtune": "model", "torchtitan": None, "torchtitan-0.2": None}
 """Who writes a DCP folder -> the object in it that is the model."""
@@ -41,7 +42,7 @@ class Model:
     @property
     def facts(self) -> "ModelFacts":
         """Names, shapes and heads."""
-        from titan_ckpt.keymap import ModelFacts
+        from titan_ckpt.conversion.keymap import ModelFacts
 
         return ModelFacts(
             shapes=state_shapes(self.config), shared=shared_names(self.config), head_dim=self.config.head_dim
@@ -80,8 +81,8 @@ def of_hugging_face(place: Place) -> Model:
 
 def of_meta(place: Place) -> Model:
     """The model of a folder with a `params.json`, of which the weights tell the vocabulary and whether it is tied."""
+    from titan_ckpt.conversion.keymap import same
     from titan_ckpt.formats.meta import read_meta
-    from titan_ckpt.keymap import same
 
     params = _json(place, meta.PARAMS_FILE)
     tensors = read_meta(place, {"tok_embeddings.weight": 0, "output.weight": 0}).tensors

@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
+from titan_ckpt.conversion.survey import DESCRIPTIONS, Format, detect, read_any, survey
+from titan_ckpt.conversion.survey import verify as verify_place
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.formats.collection import Collection, listed
-from titan_ckpt.place import Place, place_of
-from titan_ckpt.survey import DESCRIPTIONS, Format, detect, read_any, survey
-from titan_ckpt.survey import verify as verify_place
+from titan_ckpt.location import place_of
+from titan_ckpt.place import Place
 from titan_convert import models
 from titan_convert.convert import Options, read
 from titan_convert.models import Model
@@ -78,7 +79,7 @@ def model_of(place: Place, kind: Format, config: str | None = None) -> Model:
 
 def meta_splits(model: Model | None) -> dict[str, int | None]:
     """Which dimension of each tensor model parallelism cuts in Meta's format; nothing if the model is not known."""
-    from titan_ckpt.translate import splits
+    from titan_ckpt.conversion.translate import splits
 
     keys = {} if model is None else getattr(sys.modules[model.family], "KEYS", {})
     return splits(keys["meta"], model.facts) if model is not None and "meta" in keys else {}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from titan_ckpt.formats.collection import Tensors
-from titan_ckpt.lazy import LazyTensor, concatenate, narrow
+from titan_ckpt.formats.lazy import LazyTensor, concatenate, narrow
 from titan_models.config import DecoderConfig
 
 _RUNS = 8

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from titan_ckpt.place import place_of
+from titan_ckpt.location import place_of
 from titan_data.config import DataConfig
 from titan_train.config import TrainConfig
 from titan_train.config_file import RUN_CONFIG, read_config

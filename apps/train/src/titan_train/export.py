@@ -6,11 +6,11 @@ It is read from the checkpoint that was just saved, so it is the same whatever t
 from collections.abc import Mapping
 from pathlib import Path
 
+from titan_ckpt.conversion.layouts import SEAL_NAME
+from titan_ckpt.conversion.plan import Plan
+from titan_ckpt.conversion.translate import from_dcp, to_hugging_face
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.layouts import SEAL_NAME
 from titan_ckpt.place import Place
-from titan_ckpt.plan import Plan
-from titan_ckpt.translate import from_dcp, to_hugging_face
 from titan_ckpt.world import RanksFailedError, World
 from titan_models.hugging_face_files import settings_files
 from titan_quant.policy import torch_dtype

@@ -9,10 +9,12 @@ import json
 import os
 from dataclasses import dataclass
 
-from titan_ckpt.directory import candidates, step_of
+from titan_ckpt.directory import step_of
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.location import place_of
 from titan_ckpt.manifest import MANIFEST_NAME, Manifest
-from titan_ckpt.place import Place, place_of
+from titan_ckpt.open_directory import candidates
+from titan_ckpt.place import Place
 from titan_data.cache import cache_directory
 from titan_data.config import DataConfig
 from titan_models import hugging_face, model_file

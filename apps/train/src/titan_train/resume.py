@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.checkpointer import Checkpointer
-from titan_ckpt.directory import candidates
+from titan_ckpt.open_directory import candidates
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
 from titan_train.parts import differences

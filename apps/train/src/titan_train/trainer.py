@@ -21,7 +21,8 @@ from torch import Tensor
 from titan_ckpt.cadence import Timer, due
 from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.checkpointer import Checkpointer
-from titan_ckpt.place import Place, place_of
+from titan_ckpt.location import place_of
+from titan_ckpt.place import Place
 from titan_core.init import init_parameters, materialize
 from titan_core.optim import ModelState, OptimizerState, build_optimizer
 from titan_core.rng import RngState

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from titan_ckpt.checkpoint import open_checkpoint
+from titan_ckpt.conversion.keymap import ModelFacts
+from titan_ckpt.conversion.survey import verify
+from titan_ckpt.conversion.translate import Native, from_dcp, from_hugging_face
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
-from titan_ckpt.keymap import ModelFacts
-from titan_ckpt.lazy import LazyTensor
+from titan_ckpt.formats.lazy import LazyTensor
 from titan_ckpt.place import Place
-from titan_ckpt.survey import verify
-from titan_ckpt.translate import Native, from_dcp, from_hugging_face
 from titan_ckpt.world import RanksFailedError, World
 from titan_core.shards import local, owned
 from titan_models.config import DecoderConfig

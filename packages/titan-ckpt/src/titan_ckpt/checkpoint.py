@@ -10,8 +10,9 @@ from typing import Any
 from titan_ckpt.contents import FILES_FOLDER, STATE_NAME
 from titan_ckpt.directory import step_of
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
+from titan_ckpt.location import Location, place_of
 from titan_ckpt.manifest import Json, Manifest
-from titan_ckpt.place import Location, Place, place_of
+from titan_ckpt.place import Place
 from titan_ckpt.world import RanksFailedError, World
 
 

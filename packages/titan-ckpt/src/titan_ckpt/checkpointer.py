@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from titan_ckpt.checkpoint import Checkpoint, open_checkpoint
 from titan_ckpt.contents import Contents, agree, take, write_contents
-from titan_ckpt.directory import open_directory
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.flight import Flight
+from titan_ckpt.location import Location, place_of
 from titan_ckpt.manifest import Json
-from titan_ckpt.place import Location, Place, place_of
+from titan_ckpt.open_directory import open_directory
+from titan_ckpt.place import Place
 from titan_ckpt.restore import restore
 from titan_ckpt.staging import HostBuffers
 from titan_ckpt.state import Stateful

@@ -20,8 +20,8 @@ import torch
 
 from titan_ckpt import __version__
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.location import Location, place_of
 from titan_ckpt.manifest import MANIFEST_NAME, Json, Manifest
-from titan_ckpt.place import Location, place_of
 from titan_ckpt.state import Stateful, check_names, flatten, is_json, tensors_only
 from titan_ckpt.world import World
 

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
 from titan_ckpt.compat import StorageInfo
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
-from titan_ckpt.place import Location, Place, place_of
+from titan_ckpt.location import Location, place_of
+from titan_ckpt.place import Place
 from titan_ckpt.storage import FileRecord
 from titan_ckpt.world import World
 

@@ -13,8 +13,9 @@ import re
 from collections.abc import Callable, Collection, Iterator
 
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.location import Location, place_of
 from titan_ckpt.manifest import MANIFEST_NAME, Manifest
-from titan_ckpt.place import Location, Place, place_of
+from titan_ckpt.place import Place
 
 Report = Callable[[str], None]
 
@@ -117,17 +118,3 @@ def _is_whole_and_passing(folder: Place) -> bool:
     except CheckpointError:
         return False
     return not manifest.permanent and not manifest.damage(folder, hashes=False)
-
-
-def open_directory(location: Location, report: Report = lambda message: None) -> Directory:
-    """The checkpoint directory at a path or URL."""
-    from titan_ckpt.local_directory import LocalDirectory
-    from titan_ckpt.remote_directory import RemoteDirectory
-
-    place = place_of(location)
-    return RemoteDirectory(place, report) if place.path is None else LocalDirectory(place, report)
-
-
-def candidates(location: Location) -> list[Place]:
-    """Folders in a directory that may hold a checkpoint, newest first."""
-    return open_directory(location).candidates()

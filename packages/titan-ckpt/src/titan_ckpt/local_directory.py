@@ -8,7 +8,8 @@ from pathlib import Path
 
 from titan_ckpt.directory import Directory, attempt_of, is_checkpoint, step_name, step_of
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.place import LocalPlace, Place
+from titan_ckpt.local_place import LocalPlace
+from titan_ckpt.place import Place
 from titan_ckpt.storage import SCRATCH_PATTERN, discard, publish, scratch
 
 _SCRATCH = re.compile(rf"(?P<final>step-(?:0|[1-9][0-9]*)(?:\.again-[0-9a-f]{{8}})?)(?:{SCRATCH_PATTERN})+")

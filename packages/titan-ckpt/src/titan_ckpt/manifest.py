@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
-from titan_ckpt.place import Location, Place, place_of
+from titan_ckpt.location import Location, place_of
+from titan_ckpt.place import Place
 from titan_ckpt.storage import FileRecord
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"

@@ -13,9 +13,9 @@ from titan_ckpt import dcp
 from titan_ckpt.errors import DamagedCheckpointError
 from titan_ckpt.formats import dcp_folder
 from titan_ckpt.formats.dcp_folder import files_of_parts, metadata_bytes, read_dcp, write_parts
-from titan_ckpt.lazy import LazyTensor, in_memory
-from titan_ckpt.place import LocalPlace
-from titan_ckpt.streams import create
+from titan_ckpt.formats.lazy import LazyTensor, in_memory
+from titan_ckpt.formats.streams import create
+from titan_ckpt.local_place import LocalPlace
 
 TENSORS = {
     "model.a": torch.arange(60.0).view(10, 6),

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.formats.hugging_face import INDEX_NAME, read_hugging_face, shards
-from titan_ckpt.lazy import in_memory
-from titan_ckpt.place import LocalPlace
+from titan_ckpt.formats.lazy import in_memory
+from titan_ckpt.local_place import LocalPlace
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
+from titan_ckpt.formats.lazy import in_memory
 from titan_ckpt.formats.meta import read_meta, shards
-from titan_ckpt.lazy import in_memory
-from titan_ckpt.place import LocalPlace
+from titan_ckpt.local_place import LocalPlace
 
 WHOLE = {"rows": torch.arange(32.0).view(8, 4), "columns": torch.arange(24.0).view(3, 8), "norm": torch.ones(5)}
 SPLIT = {"rows": 0, "columns": 1, "norm": None}

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from titan_ckpt.errors import DamagedCheckpointError
+from titan_ckpt.formats.lazy import in_memory
 from titan_ckpt.formats.safetensors import DTYPES, read_safetensors, safetensors_size, write_safetensors
-from titan_ckpt.lazy import in_memory
-from titan_ckpt.place import LocalPlace
-from titan_ckpt.streams import create
+from titan_ckpt.formats.streams import create
+from titan_ckpt.local_place import LocalPlace
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import torch
 
+from titan_ckpt.formats.lazy import in_memory
+from titan_ckpt.formats.streams import create
 from titan_ckpt.formats.torch_file import is_torch_file, read_torch_file, write_torch_file
-from titan_ckpt.lazy import in_memory
-from titan_ckpt.place import LocalPlace
-from titan_ckpt.streams import create
+from titan_ckpt.local_place import LocalPlace
 
 
 def test_tensors_of_every_form_are_read_as_they_are(tmp_path: Path) -> None:

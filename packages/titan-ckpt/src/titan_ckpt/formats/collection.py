@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from titan_ckpt.lazy import LazyTensor
+from titan_ckpt.formats.lazy import LazyTensor
 from titan_ckpt.place import Place
 
 Tensors = Mapping[str, LazyTensor]

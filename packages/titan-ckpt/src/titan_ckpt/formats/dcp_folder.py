@@ -24,12 +24,12 @@ from torch.distributed.checkpoint.metadata import (
 from titan_ckpt import compat, dcp
 from titan_ckpt.errors import DamagedCheckpointError
 from titan_ckpt.formats.collection import Collection, Tensors
+from titan_ckpt.formats.lazy import LazyTensor
+from titan_ckpt.formats.stored import StoredFile
+from titan_ckpt.formats.streams import without_checksums
 from titan_ckpt.formats.torch_file import first_line, placed
-from titan_ckpt.lazy import LazyTensor
 from titan_ckpt.place import Place
 from titan_ckpt.storage import HashingFile
-from titan_ckpt.stored import StoredFile
-from titan_ckpt.streams import without_checksums
 
 FILE_BYTES = 1 << 30  # one file is written at a time and kept whole when a conversion is interrupted
 _ALIGNMENT = 64

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.formats.collection import Collection, Tensors, listed
+from titan_ckpt.formats.lazy import LazyTensor
 from titan_ckpt.formats.safetensors import has_name, read_safetensors
-from titan_ckpt.lazy import LazyTensor
 from titan_ckpt.place import Place
 
 SINGLE_NAME = "model.safetensors"

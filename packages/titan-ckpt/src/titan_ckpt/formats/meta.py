@@ -11,8 +11,8 @@ from torch import Tensor
 
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.formats.collection import Collection, Tensors
+from titan_ckpt.formats.lazy import LazyTensor, concatenate, narrow
 from titan_ckpt.formats.torch_file import read_torch_file
-from titan_ckpt.lazy import LazyTensor, concatenate, narrow
 from titan_ckpt.place import Place
 
 PARAMS_NAME = "params.json"

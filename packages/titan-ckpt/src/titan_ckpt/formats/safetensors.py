@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from titan_ckpt.errors import DamagedCheckpointError
-from titan_ckpt.lazy import LazyTensor
+from titan_ckpt.formats.lazy import LazyTensor
+from titan_ckpt.formats.stored import StoredFile
+from titan_ckpt.formats.streams import write_rows
 from titan_ckpt.place import Place
 from titan_ckpt.storage import HashingFile
-from titan_ckpt.stored import StoredFile
-from titan_ckpt.streams import write_rows
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,

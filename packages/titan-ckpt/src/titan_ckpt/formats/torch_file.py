@@ -21,13 +21,13 @@ from torch import Tensor
 from titan_ckpt import compat
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.formats.collection import Collection
-from titan_ckpt.lazy import LazyTensor, in_memory
+from titan_ckpt.formats.lazy import LazyTensor, in_memory
+from titan_ckpt.formats.stored import StoredFile
+from titan_ckpt.formats.streams import write_rows
 from titan_ckpt.manifest import Json
 from titan_ckpt.place import Place
 from titan_ckpt.state import Flat, flatten
 from titan_ckpt.storage import HashingFile
-from titan_ckpt.stored import StoredFile
-from titan_ckpt.streams import write_rows
 
 _OLD_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # with which files began before version 1.6
 

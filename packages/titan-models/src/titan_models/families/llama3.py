@@ -76,8 +76,8 @@ PRESETS: Mapping[str, Llama3Config] = {
 
 # Native parameter name -> the name in Hugging Face's LlamaForCausalLM; `*` stands for the block's number. The
 # native rotary layout is Hugging Face's, so the weights move unchanged. The words behind a name are those of
-# `titan_ckpt.keymap`: "untied" is absent where the head is the embedding, "rotary" has the rows of each head in pairs,
-# "split" is the dimension that model parallelism cuts.
+# titan-ckpt's key maps: "untied" is absent where the head is the embedding, "rotary" has the rows of each head in
+# pairs, "split" is the dimension that model parallelism cuts.
 HUGGING_FACE_KEYS: Mapping[str, str | tuple[str, ...]] = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",

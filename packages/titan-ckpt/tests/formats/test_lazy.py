@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from titan_ckpt.lazy import (
+from titan_ckpt.formats.lazy import (
     LazyTensor,
     cast,
     concatenate,

@@ -1,6 +1,7 @@
-from titan_ckpt.journal import FOLDER, Journal, Written
-from titan_ckpt.place import Place, place_of
-from titan_ckpt.streams import create
+from titan_ckpt.conversion.journal import FOLDER, Journal, Written
+from titan_ckpt.formats.streams import create
+from titan_ckpt.location import place_of
+from titan_ckpt.place import Place
 
 
 def written(place: Place, name: str, content: bytes) -> Written:

@@ -17,9 +17,9 @@ import torch.distributed.checkpoint as torch_dcp
 from titan_ckpt import dcp
 from titan_ckpt.checkpoint import open_checkpoint
 from titan_ckpt.checkpointer import Checkpointer
-from titan_ckpt.convert import dcp_to_torch, torch_to_dcp
+from titan_ckpt.conversion.journal import FOLDER
+from titan_ckpt.conversion.torch_files import dcp_to_torch, torch_to_dcp
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
-from titan_ckpt.journal import FOLDER
 from titan_ckpt.storage import HashingFile
 
 

@@ -7,13 +7,13 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import save_file
 
-from titan_ckpt.convert import torch_to_dcp
+from titan_ckpt.conversion.keymap import ModelFacts
+from titan_ckpt.conversion.plan import run
+from titan_ckpt.conversion.survey import detect, read_any, survey, verify
+from titan_ckpt.conversion.torch_files import torch_to_dcp
+from titan_ckpt.conversion.translate import from_hugging_face, to_hugging_face
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.keymap import ModelFacts
-from titan_ckpt.place import place_of
-from titan_ckpt.plan import run
-from titan_ckpt.survey import detect, read_any, survey, verify
-from titan_ckpt.translate import from_hugging_face, to_hugging_face
+from titan_ckpt.location import place_of
 
 STATE = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.bfloat16)}
 

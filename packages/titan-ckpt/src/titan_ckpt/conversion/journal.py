@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from titan_ckpt.formats.streams import create, file_hash
 from titan_ckpt.manifest import Json
 from titan_ckpt.place import Place
 from titan_ckpt.storage import FileRecord
-from titan_ckpt.streams import create, file_hash
 
 FOLDER = "titan-convert.partial"
 _PLAN_NAME = "plan.json"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from titan_ckpt.formats.collection import Tensors
-from titan_ckpt.lazy import LazyTensor
+from titan_ckpt.formats.lazy import LazyTensor
 
 
 @dataclass(frozen=True)

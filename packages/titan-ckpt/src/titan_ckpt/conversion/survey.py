@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from titan_ckpt.conversion.layouts import SEAL_NAME, sealed_hashes
+from titan_ckpt.conversion.plan import Counter, Progress, no_progress
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.formats.collection import Collection
 from titan_ckpt.formats.hugging_face import read_hugging_face
 from titan_ckpt.formats.safetensors import read_safetensors
-from titan_ckpt.layouts import SEAL_NAME, sealed_hashes
+from titan_ckpt.formats.streams import file_hash
 from titan_ckpt.manifest import MANIFEST_NAME, Manifest
 from titan_ckpt.place import Place
-from titan_ckpt.plan import Counter, Progress, no_progress
-from titan_ckpt.streams import file_hash
 
 Format: TypeAlias = Literal["checkpoint", "dcp", "hf", "llama", "safetensors", "torch"]
 

@@ -2,7 +2,7 @@
 
 Both directions verify what they read as far as that can be done, read and write a piece of a tensor at a time, and
 unpickle nothing but tensors and JSON values. Nobody has to know what the tensors belong to; for a model from one format
-into another see `titan_ckpt.translate`.
+into another see `titan_ckpt.conversion.translate`.
 """
 
 import contextlib
@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan_ckpt.checkpoint import Checkpoint
+from titan_ckpt.conversion.layouts import CheckpointLayout
+from titan_ckpt.conversion.plan import Counter, Plan, Progress, check_parent, exists, no_progress, run
+from titan_ckpt.conversion.translate import source_fingerprint, verified
 from titan_ckpt.directory import is_checkpoint, step_of
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.formats.dcp_folder import files_of_parts, read_dcp
+from titan_ckpt.formats.streams import create
 from titan_ckpt.formats.torch_file import is_torch_file, read_torch_file, write_torch_file
-from titan_ckpt.layouts import CheckpointLayout
+from titan_ckpt.location import Location, place_of
 from titan_ckpt.manifest import Manifest
-from titan_ckpt.place import Location, Place, place_of
-from titan_ckpt.plan import Counter, Plan, Progress, check_parent, exists, no_progress, run
+from titan_ckpt.place import Place
 from titan_ckpt.state import check_names
 from titan_ckpt.storage import SCRATCH_PATTERN, HashingFile, scratch
-from titan_ckpt.streams import create
-from titan_ckpt.translate import source_fingerprint, verified
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def torch_to_dcp(
 
     Nested dicts are flattened, their keys joined by dots. JSON values among the leaves are kept in `state.json`;
     anything else is refused, listed by key. The checkpoint's step is that in the name of `dst` if it is `step-N`,
-    else 0. Interrupted, it can be run again and goes on (see `titan_ckpt.plan`).
+    else 0. Interrupted, it can be run again and goes on (see `titan_ckpt.conversion.plan`).
 
     Args:
         src: the file; loaded with `weights_only=True`.

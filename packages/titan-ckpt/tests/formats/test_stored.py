@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.place import place_of
-from titan_ckpt.stored import StoredFile
+from titan_ckpt.formats.stored import StoredFile
+from titan_ckpt.location import place_of
 
 
 @pytest.fixture(params=["local", "remote"])

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from titan_ckpt.conversion.keymap import ModelFacts, rows, to_foreign, to_native
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.keymap import ModelFacts, rows, to_foreign, to_native
-from titan_ckpt.lazy import LazyTensor, in_memory
+from titan_ckpt.formats.lazy import LazyTensor, in_memory
 
 KEYS = {
     "embedding": "emb",

@@ -2,8 +2,8 @@ import math
 
 import torch
 
-from titan_ckpt.compare import differences
-from titan_ckpt.lazy import LazyTensor, in_memory
+from titan_ckpt.conversion.compare import differences
+from titan_ckpt.formats.lazy import LazyTensor, in_memory
 
 
 def lazy(tensors: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:

@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from titan_ckpt.conversion.journal import Journal, Written
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.formats.collection import listed
-from titan_ckpt.journal import Journal, Written
+from titan_ckpt.formats.streams import create
+from titan_ckpt.local_place import LocalPlace
 from titan_ckpt.manifest import Json
-from titan_ckpt.place import LocalPlace, Place
+from titan_ckpt.place import Place
 from titan_ckpt.storage import FileRecord, HashingFile, discard, publish
-from titan_ckpt.streams import create
 
 Progress: TypeAlias = Callable[[str, int, int], object]
 """Takes what is being done, the bytes done and the bytes in all; called from any thread."""

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_ckpt.lazy import in_memory
-from titan_ckpt.place import LocalPlace, place_of
-from titan_ckpt.streams import byte_view, create, file_hash, write_rows
+from titan_ckpt.formats.lazy import in_memory
+from titan_ckpt.formats.streams import byte_view, create, file_hash, write_rows
+from titan_ckpt.local_place import LocalPlace
+from titan_ckpt.location import place_of
 
 
 def test_rows_are_written_in_order_dense_and_hashed(anywhere: str) -> None:

@@ -25,7 +25,7 @@ import torch
 
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.formats.collection import Tensors
-from titan_ckpt.lazy import LazyTensor, halves_from_pairs, item, pairs_from_halves, stack
+from titan_ckpt.formats.lazy import LazyTensor, halves_from_pairs, item, pairs_from_halves, stack
 
 KeyMap: TypeAlias = Mapping[str, str | tuple[str, ...]]
 

@@ -14,15 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from titan_ckpt.checkpoint import open_checkpoint
 from titan_ckpt.checkpointer import Checkpointer
-from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
-from titan_ckpt.formats import dcp_folder
-from titan_ckpt.journal import FOLDER
-from titan_ckpt.keymap import ModelFacts
-from titan_ckpt.layouts import SEAL_NAME
-from titan_ckpt.lazy import LazyTensor
-from titan_ckpt.place import place_of
-from titan_ckpt.plan import Plan, UnfitSourceError, run
-from titan_ckpt.translate import (
+from titan_ckpt.conversion.journal import FOLDER
+from titan_ckpt.conversion.keymap import ModelFacts
+from titan_ckpt.conversion.layouts import SEAL_NAME
+from titan_ckpt.conversion.plan import Plan, UnfitSourceError, run
+from titan_ckpt.conversion.translate import (
     Native,
     carried_files,
     from_dcp,
@@ -32,6 +28,10 @@ from titan_ckpt.translate import (
     to_hugging_face,
     to_meta,
 )
+from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
+from titan_ckpt.formats import dcp_folder
+from titan_ckpt.formats.lazy import LazyTensor
+from titan_ckpt.location import place_of
 
 HF = {"embed": "model.embed", "layers.*.w": ("model.*.w", "rotary"), "head": ("lm_head", "untied")}
 META = {"embed": ("tok", "split 0"), "layers.*.w": ("l.*.w", "split 1"), "head": ("output", "split 0")}

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.place import LocalPlace, Place, place_of
+from titan_ckpt.local_place import LocalPlace
+from titan_ckpt.location import place_of
+from titan_ckpt.place import Place
 from titan_ckpt.remote_place import RemotePlace
 
 

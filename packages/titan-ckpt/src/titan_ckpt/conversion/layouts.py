@@ -9,13 +9,13 @@ import torch
 
 from titan_ckpt import __version__, dcp
 from titan_ckpt.contents import FILES_FOLDER, STATE_NAME
+from titan_ckpt.conversion.journal import Written
+from titan_ckpt.conversion.plan import PlannedFile
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.formats.collection import Tensors, listed
 from titan_ckpt.formats.dcp_folder import Part, metadata_bytes, write_parts
-from titan_ckpt.journal import Written
 from titan_ckpt.manifest import MANIFEST_NAME, Json, Manifest
 from titan_ckpt.place import Place
-from titan_ckpt.plan import PlannedFile
 from titan_ckpt.storage import FileRecord
 
 SEAL_NAME = "titan-convert.json"

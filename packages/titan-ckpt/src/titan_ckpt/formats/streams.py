@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from titan_ckpt.lazy import LazyTensor
+from titan_ckpt.formats.lazy import LazyTensor
 from titan_ckpt.place import Place
 from titan_ckpt.storage import HashingFile
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.lazy import LazyTensor
+from titan_ckpt.formats.lazy import LazyTensor
 from titan_ckpt.place import Place
 
 

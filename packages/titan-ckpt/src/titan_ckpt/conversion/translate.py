@@ -1,7 +1,7 @@
 """Plans for a model's weights out of one format into another, by key maps and facts that the caller brings.
 
     native = from_hugging_face(place, keys, facts)        from_dcp, from_meta: what the source holds, by native names
-    plan = to_dcp(native, destination, files=…)           to_hugging_face, to_meta: see `titan_ckpt.plan`
+    plan = to_dcp(native, destination, files=…)           to_hugging_face, to_meta: see `titan_ckpt.conversion.plan`
 
 Nothing but headers is read before the plan is carried out, except tensors that a model shares and a source has twice.
 """
@@ -12,19 +12,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from titan_ckpt.contents import FILES_FOLDER
+from titan_ckpt.conversion.keymap import KeyMap, Mapped, ModelFacts, rows, to_foreign, to_native
+from titan_ckpt.conversion.layouts import VERSIONS, CheckpointLayout, SealedLayout
+from titan_ckpt.conversion.plan import Counter, Plan, PlannedFile, Progress, no_progress
 from titan_ckpt.directory import is_checkpoint, step_of
 from titan_ckpt.errors import CheckpointError, DamagedCheckpointError
 from titan_ckpt.formats import hugging_face, meta
 from titan_ckpt.formats.collection import Collection, Tensors
 from titan_ckpt.formats.dcp_folder import files_of_parts, read_dcp
+from titan_ckpt.formats.lazy import LazyTensor, cast
 from titan_ckpt.formats.safetensors import safetensors_size, write_safetensors
 from titan_ckpt.formats.torch_file import write_torch_file
-from titan_ckpt.keymap import KeyMap, Mapped, ModelFacts, rows, to_foreign, to_native
-from titan_ckpt.layouts import VERSIONS, CheckpointLayout, SealedLayout
-from titan_ckpt.lazy import LazyTensor, cast
+from titan_ckpt.location import Location, place_of
 from titan_ckpt.manifest import MANIFEST_NAME, Json, Manifest
-from titan_ckpt.place import Location, Place, place_of
-from titan_ckpt.plan import Counter, Plan, PlannedFile, Progress, no_progress
+from titan_ckpt.place import Place
 from titan_ckpt.storage import HashingFile
 
 SHARD_BYTES = 1_000_000_000  # several files are written at a time, and whole ones are kept when it is interrupted

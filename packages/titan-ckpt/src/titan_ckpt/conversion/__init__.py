@@ -1,0 +1,1 @@
+"""Between formats: which tensor becomes which, in what order files are written, and how it goes on when killed."""
