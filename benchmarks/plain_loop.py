@@ -34,14 +34,13 @@ SMALL = Llama3Config(vocab_size=4096, dim=64, layers=2, heads=4, kv_heads=2, hea
 def make_config(dtype: str, model: Llama3Config):
     """The run that both sides train."""
     from titan_core.config import ScheduleConfig
-    from titan_data.config import DataConfig
     from titan_metrics.config import MetricsConfig
     from titan_quant.config import MixedPrecision
-    from titan_train.config import CheckpointSection, TrainConfig, TrainingConfig
+    from titan_train.config import CheckpointSection, DataSection, TrainConfig, TrainingConfig
 
     return TrainConfig(
         model=model,
-        data=DataConfig(confine_attention=False),
+        data=DataSection(confine_attention=False),
         training=TrainingConfig(seq_len=SEQ_LEN, global_batch_size=BATCH, steps=10**6),
         schedule=ScheduleConfig(total_steps=10**6),
         precision=MixedPrecision(param_dtype="bfloat16") if dtype == "bf16" else MixedPrecision(),

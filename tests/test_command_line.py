@@ -352,6 +352,13 @@ def test_a_reader_may_leave_early():
     piped = f"{sys.executable} -m titan_train --help | head -1"
     result = subprocess.run(piped, shell=True, capture_output=True, text=True, check=True)
     assert (result.stderr, len(result.stdout.splitlines())) == ("", 1)
+    closed = f"exec {sys.executable} -m titan_train --help"
+    with subprocess.Popen(closed, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_a_full_disk_while_saving_loses_nothing(tiny, tmp_path):

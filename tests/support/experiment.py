@@ -60,6 +60,8 @@ class Outcome:
 
     losses: list[float]
     norms: list[float]
+    evaluations: list[float]
+    """The loss on the batch of each step, without gradients, after the step."""
     gradients: dict[str, np.ndarray]
     """Of the first step."""
     parameters: dict[str, np.ndarray]
@@ -103,6 +105,7 @@ def run(
     for outcome in outcomes:
         assert outcome.losses == outcomes[0].losses, (outcome.losses, outcomes[0].losses)
         assert outcome.norms == outcomes[0].norms, (outcome.norms, outcomes[0].norms)
+        assert outcome.evaluations == outcomes[0].evaluations
         for kind, found in merged.items():
             for name, array in getattr(outcome, kind).items():
                 assert np.array_equal(found.setdefault(name, array), array), f"ranks differ in {kind} of {name}"
@@ -146,7 +149,7 @@ def run_here(
     materialize(model, torch.device("cpu"))
     init_parameters(model, experiment.model.init_rules(), experiment.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    losses, norms, gradients = [], [], {}
+    losses, norms, evaluations, gradients = [], [], [], {}
     for batch in batches(experiment):
         valid = int((batch["labels"] != -100).sum())
         if experiment.model.moe is not None:
@@ -163,10 +166,11 @@ def run_here(
         optimizer.step()
         optimizer.zero_grad()
         laid_out.routers.finish_step()
+        evaluation = laid_out.evaluate({name: rows for name, rows in own.items() if name != "row_weights"})
+        evaluations.append((evaluation if meshes is None else sum_over(evaluation, meshes.data)).item())
     parameters = {name: _whole(tensor) for name, tensor in ModelState(model).state_dict().items()}
-    return Outcome(
-        losses, norms, gradients, parameters, {name: _whole(load) for name, load in laid_out.routers.loads.items()}
-    )
+    loads = {name: _whole(load) for name, load in laid_out.routers.loads.items()}
+    return Outcome(losses, norms, evaluations, gradients, parameters, loads)
 
 
 def _whole(tensor: Any) -> np.ndarray:

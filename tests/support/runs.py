@@ -13,18 +13,18 @@ from typing import Any
 
 from ranks import RankFailure, run_ranks
 from titan_core.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from titan_data.config import DataConfig
+from titan_data.loader_config import LoaderConfig
 from titan_metrics.config import MetricsConfig
 from titan_models.families.llama3 import Llama3Config
 from titan_quant.config import MixedPrecision
 from titan_train import cli, trainer
-from titan_train.config import CheckpointSection, TrainConfig, TrainingConfig
+from titan_train.config import CheckpointSection, DataSection, TrainConfig, TrainingConfig
 from titan_train.hooks import Hook
 from titan_train.interrupt import Interrupt
 
 TINY = TrainConfig(
     model=Llama3Config(vocab_size=300, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden_dim=64),
-    data=DataConfig(vocab_size=300, prefetch=0),
+    data=DataSection(vocab_size=300, loader=LoaderConfig(prefetch=0)),
     training=TrainingConfig(seq_len=32, global_batch_size=12, steps=20, log_samples=True),
     optimizer=OptimizerConfig(lr=1e-3),
     schedule=ScheduleConfig(total_steps=20),

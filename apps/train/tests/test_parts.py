@@ -1,7 +1,8 @@
 import dataclasses
 
-from titan_data.config import DataConfig
-from titan_train.config import TrainConfig
+from titan_data.loader_config import LoaderConfig
+from titan_data.validation_config import ValidationConfig
+from titan_train.config import DataSection, TrainConfig
 from titan_train.configs.llama3 import llama3_debug
 from titan_train.parts import differences, fingerprint, part_of, what_of
 
@@ -34,9 +35,10 @@ def test_how_and_where_leave_the_fingerprint_alone():
         replaced(config, "training", micro_batch_size=1, steps=9),
         replaced(config, "checkpoint", every=1),
         replaced(config, "metrics", log_every=1),
-        replaced(config, "data", source="elsewhere", cache_dir="there", prefetch=0),
+        replaced(config, "data", source="elsewhere", cache_dir="there", loader=LoaderConfig(workers=4)),
         replaced(config, "model", loss_chunk_tokens=1),
         dataclasses.replace(config, device="cpu", output="there"),
+        dataclasses.replace(config, validation=ValidationConfig(sets={"held out": "there"})),
     ]
     assert {mark(c) for c in same} == {mark(config)}
 
@@ -71,5 +73,5 @@ def test_parts_are_visible_in_the_configuration():
     assert "source" not in what["data"]
     how = part_of(llama3_debug(), "how")
     assert set(how) == {"model", "data", "training", "parallel", "remat", "compile", "device"}
-    assert isinstance(llama3_debug().data, DataConfig)
+    assert isinstance(llama3_debug().data, DataSection)
     assert isinstance(llama3_debug(), TrainConfig)

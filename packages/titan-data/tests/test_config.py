@@ -54,4 +54,4 @@ def test_places_and_layout_are_not_part_of_what_is_computed():
         "confine_attention",
         "shuffle",
     }
-    assert parts["prefetch"] == parts["tokenize_workers"] == "how"
+    assert parts["tokenize_workers"] == "how"

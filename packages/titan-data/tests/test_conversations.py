@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from titan_data.conversations import conversation_of, read_conversations, shipped_conversations
+from titan_data.conversations import conversation_of, read_conversations
 from titan_data.errors import DataError
 from titan_data.jsonl import jsonl_parts
 from titan_data.records import text_of
 from titan_data.source import Record
+from titan_data.sources import NAMED
 
 USER = {"role": "user", "content": "Hi"}
 REPLY = {"role": "assistant", "content": "Hello"}
@@ -116,7 +117,7 @@ def test_plain_text_is_refused(pieces_source):
 
 
 def test_the_shipped_conversations_are_varied_and_whole():
-    lines = Path(shipped_conversations()).read_text(encoding="utf-8").splitlines()
+    lines = Path(NAMED["conversations"].source).read_text(encoding="utf-8").splitlines()
     found = [conversation_of(Record(json.loads(line), lambda: "shipped")) for line in lines]
     assert 60 <= len(found) <= 100
     assert len({conversation.messages[0]["content"] for conversation in found}) == len(found)

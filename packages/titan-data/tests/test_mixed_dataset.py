@@ -8,8 +8,8 @@ from titan_data.config import DataConfig
 from titan_data.dataset import open_dataset
 from titan_data.errors import DataError
 from titan_data.loader import BatchLoader
-from titan_data.mixed_dataset import open_mixture, with_tokenizer_of
-from titan_data.mixture_config import MixtureConfig, MixtureSource, WeightChange
+from titan_data.mixed_dataset import open_mixture
+from titan_data.mixture_config import MixtureConfig, WeightChange
 
 
 @pytest.fixture
@@ -22,11 +22,9 @@ def mixture(corpus_folder, tmp_path):
     more = tmp_path / "more.jsonl"
     more.write_text('{"text": "He will not see me stopping here."}\n' * 30)
     return MixtureConfig(
-        sources=(
-            MixtureSource(name="poems", source=str(corpus_folder), weight=3),
-            MixtureSource(name="lines", source=str(more), weight=1),
-        ),
-        changes=(WeightChange(step=10, weights=(1, 1)),),
+        sources={"poems": str(corpus_folder), "lines": str(more)},
+        weights={"poems": 3, "lines": 1},
+        changes=(WeightChange(step=10, weights={"poems": 1, "lines": 1}),),
         block_size=8,
     )
 
@@ -55,21 +53,18 @@ def test_all_sources_have_the_tokenizer_of_the_first(config, mixture):
 
 
 def test_folders_of_tokens_may_be_mixed_in_if_their_tokenizer_is_the_same(config, mixture):
-    folders = [str(dataset.store.folder) for dataset in opened(config, mixture).datasets.values()]
-    sources = [dataclasses.replace(s, source=f) for s, f in zip(mixture.sources, folders, strict=True)]
+    folders = {name: str(dataset.store.folder) for name, dataset in opened(config, mixture).datasets.items()}
     base = DataConfig(cache_dir=config.cache_dir)
-    again = opened(base, dataclasses.replace(mixture, sources=tuple(sources)))
+    again = opened(base, dataclasses.replace(mixture, sources=folders))
     assert again.fingerprint == opened(config, mixture).fingerprint
-    other = open_dataset(dataclasses.replace(config, source=mixture.sources[1].source, vocab_size=270))
-    sources[1] = dataclasses.replace(sources[1], source=str(other.store.folder))
+    other = open_dataset(dataclasses.replace(config, source=mixture.sources["lines"], vocab_size=270))
     with pytest.raises(DataError, match="which is another tokenizer"):
-        opened(base, dataclasses.replace(mixture, sources=tuple(sources)))
+        opened(base, dataclasses.replace(mixture, sources=folders | {"lines": str(other.store.folder)}))
 
 
-def test_a_config_with_the_tokenizer_of_a_dataset(config, corpus_folder, mixture):
-    data = open_dataset(dataclasses.replace(config, source=str(corpus_folder)))
-    other = open_dataset(with_tokenizer_of(data, dataclasses.replace(config, source=mixture.sources[1].source)))
-    assert other.tokenizer.hash == data.tokenizer.hash
+def test_without_weights_all_sources_have_the_same(config, mixture):
+    even = opened(config, dataclasses.replace(mixture, weights={}, changes=()))
+    assert even.describe().startswith("mixture in blocks of 8 samples\npoems: 50.0% of the samples")
 
 
 def test_a_worker_reads_the_same(config, mixture):
@@ -80,10 +75,14 @@ def test_a_worker_reads_the_same(config, mixture):
         np.testing.assert_array_equal(sent.read(samples)[name], array)
 
 
-def test_refuses_names_and_weights_that_do_not_fit(config, mixture):
-    with pytest.raises(DataError, match=r"these are named \['poems', 'poems'\]"):
-        opened(config, dataclasses.replace(mixture, sources=(mixture.sources[0],) * 2))
-    with pytest.raises(DataError, match=r"these are named \[\]"):
-        opened(config, dataclasses.replace(mixture, sources=()))
-    with pytest.raises(DataError, match="at step 5 has 1 weights for 2 sources"):
-        opened(config, dataclasses.replace(mixture, changes=(WeightChange(step=5, weights=(1,)),)))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": {}}, "names no source"),
+        ({"weights": {"poems": 1}}, r"data\.mixture\.weights names poems, but the sources are poems, lines"),
+        ({"changes": (WeightChange(step=5, weights={}),)}, "the change of weights at step 5 names nothing"),
+    ],
+)
+def test_refuses_names_that_do_not_fit(config, mixture, changes, message):
+    with pytest.raises(DataError, match=message):
+        opened(config, dataclasses.replace(mixture, **changes))

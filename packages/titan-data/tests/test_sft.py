@@ -9,11 +9,11 @@ import pytest
 from ranks import run_ranks
 from titan_data import sft
 from titan_data.config import DataConfig
-from titan_data.conversations import shipped_conversations
 from titan_data.errors import DataError
 from titan_data.loader import BatchLoader
 from titan_data.sft import open_sft
 from titan_data.sft_config import SFTConfig
+from titan_data.sources import NAMED
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_the_fingerprint_follows_what_the_rows_depend_on(config, chat_folder, tm
     base = change(config, tokenizer=str(chat_folder), vocab_size=DataConfig.vocab_size)
     data = open_sft(base, LLAMA, seq_len=256)
     moved = tmp_path / "moved.jsonl"
-    moved.write_bytes(Path(shipped_conversations()).read_bytes())
+    moved.write_bytes(Path(NAMED["conversations"].source).read_bytes())
     assert open_sft(change(base, source=str(moved)), LLAMA, seq_len=256).fingerprint == data.fingerprint
     for other in (
         open_sft(base, SFTConfig(template="chatml"), seq_len=256),

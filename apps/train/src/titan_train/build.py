@@ -1,5 +1,7 @@
 """What a run and its rehearsal have in common: laying out the model, and what follows the gradients of a step."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -45,6 +47,11 @@ def lay_out(config: TrainConfig, env: Environment) -> tuple[Layout, dict[str, st
         costly=config.model.costly_operators(),
     )
     return layout, roles
+
+
+def model_inputs(config: TrainConfig, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What the model reads of a batch, on its device."""
+    return {name: batch[name].to(device, non_blocking=True) for name in input_names(config)}
 
 
 def input_names(config: TrainConfig) -> list[str]:

@@ -39,6 +39,7 @@ _RAISED_BY_ALL = (
 )
 
 _FAILED, _USAGE, _PREEMPTED, _INTERRUPTED = 1, 2, 75, 130  # 75: EX_TEMPFAIL, "try again later"
+_BROKEN_PIPE = 141  # what a shell makes of SIGPIPE
 
 
 class UsageError(ValueError):
@@ -48,12 +49,13 @@ class UsageError(ValueError):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `titan-train`; exits with 0, 1 (failed), 2 (wrong usage), 75 (preempted) or 130 (interrupted)."""
     try:
-        code = run(sys.argv[1:] if arguments is None else arguments)
-    finally:
         try:
+            code = run(sys.argv[1:] if arguments is None else arguments)
+        finally:
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever read it has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _BROKEN_PIPE
     sys.exit(code)
 
 

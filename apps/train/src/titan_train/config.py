@@ -10,12 +10,35 @@ from typing import Literal
 from titan_ckpt.config import CheckpointConfig
 from titan_core.config import CompileConfig, OptimizerConfig, ParallelConfig, RematConfig, ScheduleConfig
 from titan_data.config import DataConfig
+from titan_data.loader_config import LoaderConfig
+from titan_data.mixture_config import MixtureConfig
+from titan_data.sft_config import SFTConfig
+from titan_data.stream_config import StreamConfig
+from titan_data.validation_config import ValidationConfig
 from titan_metrics.config import MetricsConfig
 from titan_models.config import DecoderConfig
 from titan_quant.config import MixedPrecision, QuantConfig
 
 HOW = {"part": "how"}
 WHERE = {"part": "where"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection(DataConfig):
+    """A corpus, what is made of it, and how it is read ahead."""
+
+    kind: Literal["text", "mixture", "sft", "stream"] = "text"
+    """text: windows of data.source, which is tokenized once and kept. mixture: of several corpora, as data.mixture
+    says. sft: conversations, with loss on what the assistant says, as data.sft says. stream: data.source, tokenized
+    while it trains and not kept, as data.stream says."""
+    mixture: MixtureConfig = MixtureConfig()
+    """For kind mixture."""
+    sft: SFTConfig = SFTConfig()
+    """For kind sft."""
+    stream: StreamConfig = StreamConfig()
+    """For kind stream."""
+    loader: LoaderConfig = field(default=LoaderConfig(), metadata=HOW)
+    """How batches are read ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +98,7 @@ class TrainConfig:
 
     model: DecoderConfig
     """The model's shape."""
-    data: DataConfig = DataConfig()
+    data: DataSection = DataSection()
     """Text, tokenizer and order."""
     training: TrainingConfig = TrainingConfig()
     """Batch, seed and length."""
@@ -107,5 +130,7 @@ class TrainConfig:
     """Saving and resuming."""
     export: ExportConfig = field(default=ExportConfig(), metadata=WHERE)
     """Weights in a format of others."""
+    validation: ValidationConfig = field(default=ValidationConfig(), metadata=WHERE)
+    """What the model is tested on while it trains."""
     metrics: MetricsConfig = field(default=MetricsConfig(), metadata=WHERE)
     """What is logged, and where to."""

@@ -6,6 +6,7 @@ import importlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
         return {_TYPE: kind} | {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _encode(item) for name, item in value.items()}
     return [_encode(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -59,6 +62,10 @@ def _decode(annotation: Any, value: Any, where: str) -> Any:
         (item,) = [typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple] or [None]
         if item is not None:
             return tuple(_decode(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if isinstance(value, dict):
+        (item,) = [typing.get_args(o)[1] for o in options if typing.get_origin(o) is Mapping] or [None]
+        if item is not None:
+            return {name: _decode(item, v, f"{where}.{name}") for name, v in value.items()}
     for option in options:
         if option is float and type(value) in (int, float):
             return float(value)

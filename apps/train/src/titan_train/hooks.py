@@ -43,10 +43,12 @@ class Step:
     """Tokens in all steps so far."""
     epoch: float
     """How often the data has been read."""
+    epochs: Mapping[str, float]
+    """Name of each source -> how often it has been read, if there are several."""
     data_wait_seconds: float
     """Time this rank waited for its batch."""
     sample_ids: Tensor
-    """The windows this rank read: int64 [rows], -1 for padding."""
+    """The rows of the data this rank read: int64 [rows], -1 for padding."""
     expert_loads: Mapping[str, Tensor]
     """FQN of each router on this rank -> tokens that it sent to each expert, over the global batch: [E]."""
 
@@ -76,13 +78,14 @@ class LogMetrics(Hook):
         self._first: int | None = None
         self._loads = loads
         self._saving_seconds = 0.0
+        self._added: dict[str, float] = {}
 
     def end_step(self, step: Step) -> None:
         """Reads the step's tensors if it is to be logged, which waits for the device."""
         self._meter.add(tokens=step.tokens, data_wait_seconds=step.data_wait_seconds)
         first = self._first is None
         self._first = step.number if first else self._first
-        if not (first or step.is_last or step.number % self._every == 0):
+        if not (first or step.is_last or self._added or step.number % self._every == 0):
             return
         loss = self._env.sum_loss(step.loss.clone()).item()
         values: dict[str, float | int | str] = {
@@ -91,12 +94,18 @@ class LogMetrics(Hook):
             "lr": step.lr,
             "tokens": step.total_tokens,
             "epoch": step.epoch,
+            **{f"epoch.{name}": epoch for name, epoch in step.epochs.items()},
             "checkpoint_seconds": self._saving_seconds,
         }
         self._saving_seconds = 0.0
         values |= self._meter.read() | memory(self._env.device.type) | self._expert_loads(step)
         if self._sinks is not None:
-            self._sinks.log(step.number, values)
+            self._sinks.log(step.number, values | self._added)
+        self._added = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Numbers to log with the step that ends, which is then logged whatever its number; the same on all ranks."""
+        self._added |= values
 
     def end_save(self, blocking_seconds: float) -> None:
         """Adds to what the next logged step reports."""
@@ -143,18 +152,9 @@ class LogSamples(Hook):
         self._file.close()
 
 
-def build_hooks(config: TrainConfig, env: Environment, checkpoint: Checkpoint | None) -> list[Hook]:
-    """The hooks that `config` asks for; `checkpoint` is what the run goes on from."""
+def build_log(config: TrainConfig, env: Environment, checkpoint: Checkpoint | None) -> LogMetrics:
+    """The log of a run, which goes on after `checkpoint` if there is one."""
     directory = Path(config.output or "")
-    hooks: list[Hook] = [_build_log_metrics(config, env, directory, checkpoint)]
-    if config.training.log_samples and env.reads_first:
-        hooks.append(LogSamples(directory, env.data_rank))
-    return hooks
-
-
-def _build_log_metrics(
-    config: TrainConfig, env: Environment, directory: Path, checkpoint: Checkpoint | None
-) -> LogMetrics:
     compute_dtype = config.precision.param_dtype or config.precision.master_dtype
     given = config.metrics.peak_tflops
     meter = Meter(

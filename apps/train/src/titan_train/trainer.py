@@ -26,18 +26,20 @@ from titan_ckpt.place import Place
 from titan_core.init import init_parameters, materialize
 from titan_core.optim import ModelState, OptimizerState, build_optimizer
 from titan_core.rng import RngState
-from titan_data.dataset import TokenDataset, open_dataset
-from titan_data.loader import Batch, BatchLoader
+from titan_data.loader import Batch
+from titan_data.rows import IGNORED_LABEL
+from titan_data.validation import ValidationSet
 from titan_models import model_file
 from titan_quant.device import nvidia_capability
 from titan_quant.recipes import resolve_recipe
 from titan_train import report
-from titan_train.build import input_names, lay_out, update
+from titan_train.build import lay_out, model_inputs, update
 from titan_train.config import TrainConfig
 from titan_train.config_file import RUN_CONFIG, to_json
+from titan_train.data import Dataset, build_loader, epochs_by_source, open_data, open_validation, tokenizer_files
 from titan_train.environment import Environment, environment
 from titan_train.export import export, is_exported
-from titan_train.hooks import Hook, Step, build_hooks
+from titan_train.hooks import Hook, LogSamples, Step, build_log
 from titan_train.interrupt import Interrupt
 from titan_train.origin import Origin, find_origin
 from titan_train.parts import fingerprint, what_of
@@ -46,10 +48,9 @@ from titan_train.rows import share_rows
 from titan_train.run_directory import RunDirectory, default_directory
 from titan_train.status import StatusFile
 from titan_train.validate import check_vocabulary
+from titan_train.validation import Validate
 from titan_train.votes import Votes
 from titan_train.weights import load_weights
-
-IGNORED = -100  # the label of a token without loss
 
 
 class DivergedError(RuntimeError):
@@ -78,8 +79,9 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
             env.say(text)
 
         interrupt.check()
-        dataset = open_dataset(config.data, progress=progress)
+        dataset = open_data(config, progress=progress)
         check_vocabulary(config, dataset.vocab_size)
+        validation_sets = open_validation(config, dataset, progress=progress)
 
         what = what_of(config, dataset.fingerprint)
         checkpointer = Checkpointer(
@@ -107,7 +109,7 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
             trainer.resume(checkpointer, checkpoint)
         elif config.checkpoint.init_from is not None:
             trainer.start_from(find_origin(config.checkpoint.init_from))
-        hooks = build_hooks(config, env, checkpoint)
+        hooks = build_hooks(trainer, validation_sets, checkpoint)
         for hook in hooks:
             cleanup.callback(hook.close)
         ended_by = trainer.run(checkpointer, hooks, interrupt)
@@ -122,15 +124,26 @@ def _elsewhere(config: TrainConfig) -> list[RunDirectory]:
     return [] if folder is None or folder.resolve() == Path(config.output or "").resolve() else [RunDirectory(folder)]
 
 
-def _export(config: TrainConfig, env: Environment, checkpoint: Place, dataset: TokenDataset) -> None:
-    tokenizer = dataset.tokenizer
-    env.say(f"Exported {export(config, checkpoint, tokenizer=tokenizer.files, eos_id=tokenizer.eos_id)}")
+def _export(config: TrainConfig, env: Environment, checkpoint: Place, dataset: Dataset) -> None:
+    files, eos_id = tokenizer_files(dataset), dataset.tokenizer.eos_id
+    env.say(f"Exported {export(config, checkpoint, tokenizer=files, eos_id=eos_id)}")
+
+
+def build_hooks(trainer: "Trainer", sets: Sequence[ValidationSet], checkpoint: Checkpoint | None) -> list[Hook]:
+    """What the configuration asks for beside training, in the order of its doing; `checkpoint` is gone on from."""
+    config, env = trainer.config, trainer.env
+    log = build_log(config, env, checkpoint)
+    hooks: list[Hook] = [Validate(config, env, trainer.layout, sets, log)] if sets else []
+    hooks.append(log)
+    if config.training.log_samples and env.reads_first:
+        hooks.append(LogSamples(Path(config.output or ""), env.data_rank))
+    return hooks
 
 
 class Trainer:
     """A built run: model, optimizer, data and counters, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, env: Environment, dataset: TokenDataset, what: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, env: Environment, dataset: Dataset, what: dict[str, Any]) -> None:
         self.config, self.env, self.dataset, self.what = config, env, dataset, what
         resolve_recipe(config.quant.recipe, nvidia_capability(env.device.type), env.device.type)
         self.layout, roles = lay_out(config, env)
@@ -141,17 +154,8 @@ class Trainer:
         init_parameters(self.model, config.model.init_rules(), config.training.seed)
         self.optimizer = build_optimizer(self.model, roles, config.optimizer)
 
-        self.loader = BatchLoader(
-            dataset,
-            seq_len=config.training.seq_len,
-            global_batch_size=config.training.global_batch_size,
-            seed=config.training.seed,
-            shuffle=config.data.shuffle,
-            confine_attention=config.data.confine_attention,
-            rank=env.data_rank,
-            rows=share.rows,
-            prefetch=config.data.prefetch,
-        )
+        on_gpu = env.device.type == "cuda"
+        self.loader = build_loader(config, dataset, rank=env.data_rank, rows=share.rows, on_gpu=on_gpu)
         self.progress = Progress()
         self.state = {
             "model": ModelState(self.model),
@@ -223,7 +227,7 @@ class Trainer:
         batch = next(self.loader)
         waited = time.perf_counter() - waiting
         # One small exchange carries all that ranks must agree on before the step.
-        own_valid = int((batch["labels"] != IGNORED).sum()) if self.env.reads_first else 0
+        own_valid = int((batch["labels"] != IGNORED_LABEL).sum()) if self.env.reads_first else 0
         valid, *sums = self.env.agree([own_valid, *vote])
         votes = Votes(*sums)
 
@@ -241,6 +245,7 @@ class Trainer:
             tokens=tokens,
             total_tokens=self.progress.tokens,
             epoch=self.loader.epoch,
+            epochs=epochs_by_source(self.loader),
             data_wait_seconds=waited,
             sample_ids=batch["sample_ids"],
             expert_loads=self.layout.routers.loads,
@@ -248,11 +253,12 @@ class Trainer:
 
     def _inputs(self, batch: Batch, valid: int) -> dict[str, Tensor]:
         """What the model reads of a batch, on its device; `valid` tokens of the global batch carry loss."""
-        inputs = {name: batch[name] for name in input_names(self.config)}
+        inputs = model_inputs(self.config, batch, self.env.device)
         if self.config.model.moe is not None:
             # Each row's share of the mean loss, by which its auxiliary losses count.
-            inputs["row_weights"] = (batch["labels"] != IGNORED).sum(1, dtype=torch.float64) / max(valid, 1)
-        return {name: tensor.to(self.env.device, non_blocking=True) for name, tensor in inputs.items()}
+            weights = (batch["labels"] != IGNORED_LABEL).sum(1, dtype=torch.float64) / max(valid, 1)
+            inputs["row_weights"] = weights.to(self.env.device)
+        return inputs
 
     def _refuse_divergence(self, step: Step) -> None:
         """Raises `DivergedError` on all ranks if the step's loss or gradient is not finite."""
@@ -289,7 +295,7 @@ class Trainer:
         contents: dict[str, Any] = {
             "per_rank": self.per_rank_state,
             "meta": meta,
-            "files": files | dict(self.dataset.tokenizer.files),
+            "files": files | tokenizer_files(self.dataset),
             "permanent": permanent,
         }
         if self.config.checkpoint.asynchronous and not exports:

@@ -6,9 +6,12 @@ import platform
 from titan_core.degrees import Degrees, degree_problems, resolve_degrees
 from titan_core.limits import Shapes, limit_problems
 from titan_core.roles import ROLES
+from titan_data.mixture_config import MixtureConfig
+from titan_data.sft_config import SFTConfig
+from titan_data.stream_config import StreamConfig
 from titan_models.config import ModelConfigError
 from titan_models.hugging_face import to_hugging_face
-from titan_train.config import TrainConfig
+from titan_train.config import DataSection, TrainConfig
 from titan_train.rows import share_rows
 
 _PLATFORMS = ("Linux", "Darwin")
@@ -29,6 +32,8 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *config.optimizer.problems(),
         *config.schedule.problems(),
         *config.metrics.problems(),
+        *_data_problems(config),
+        *config.validation.problems(),
         *_role_problems(config),
         *_checkpoint_problems(config),
         *_export_problems(config),
@@ -73,7 +78,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.rope_theta": (1, 1e12),
     "model.init_std": (0, 100),
     "data.vocab_size": (1, 2**24),
-    "data.prefetch": (0, 1000),
+    "data.tokenize_workers": (1, 1024),
     "training.seq_len": (1, 2**24),
     "training.global_batch_size": (1, 2**24),
     "training.micro_batch_size": (1, 2**24),
@@ -167,7 +172,56 @@ def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
             f"training.global_batch_size {batch} is smaller than the {degrees.dp} data-parallel ranks (dp_replicate x "
             f"dp_shard), so some would have nothing to read; raise it to {degrees.dp} or more, or start fewer ranks."
         ]
-    return _limit_problems(config, degrees)
+    return [*_stream_problems(config, degrees), *_limit_problems(config, degrees)]
+
+
+def _stream_problems(config: TrainConfig, degrees: Degrees) -> list[str]:
+    """Where whole streams cannot be dealt to the data-parallel ranks."""
+    if config.data.kind != "stream":
+        return []
+    streams, batch, dp = config.data.stream.streams, config.training.global_batch_size, degrees.dp
+    found = []
+    if streams < 1 or batch % streams:
+        found.append(
+            f"data.stream.streams {streams} does not divide training.global_batch_size {batch}, of which each stream "
+            "gives equally many rows; choose a divisor."
+        )
+    elif streams % dp:
+        found.append(
+            f"The {dp} data-parallel ranks (dp_replicate x dp_shard) do not divide data.stream.streams {streams}, of "
+            "which each rank reads whole ones; choose a multiple."
+        )
+    elif share_rows(config.training, config.parallel, degrees).rows * dp != batch:
+        found.append(
+            f"training.micro_batch_size does not divide the {batch // dp} rows of each data-parallel rank, and streams "
+            "have no rows to pad with; choose a divisor."
+        )
+    elif config.data.loader.workers > streams // dp:
+        found.append(
+            f"data.loader.workers {config.data.loader.workers} are more than the {streams // dp} streams that a rank "
+            "reads; lower it."
+        )
+    return found
+
+
+def _data_problems(config: TrainConfig) -> list[str]:
+    data = config.data
+    found = data.loader.problems()
+    if data.loader.pin_memory and config.device == "cpu":
+        found.append("data.loader.pin_memory is on, and there is no GPU to copy to; leave it out.")
+    sections = {"mixture": MixtureConfig(), "sft": SFTConfig(), "stream": StreamConfig()}
+    for kind, default in sections.items():
+        if kind != data.kind and getattr(data, kind) != default:
+            found.append(
+                f"data.{kind} is set, and data.kind is {data.kind!r}; add --data.kind {kind}, or leave it out."
+            )
+    if data.kind == "mixture":
+        found += data.mixture.problems()
+        if data.source != DataSection.source:
+            found.append("data.source is set, and a mixture reads data.mixture.sources; leave it out.")
+    if data.kind in ("sft", "stream") and data.tokenize_workers != 1:
+        found.append(f"data.tokenize_workers has no effect on data.kind {data.kind}; leave it out.")
+    return found
 
 
 def _limit_problems(config: TrainConfig, degrees: Degrees) -> list[str]:

@@ -139,6 +139,11 @@ class DataParallel(MicroBatchLoop):
             module.set_is_last_backward(last)
         yield
 
+    def end_evaluation(self) -> None:
+        """Drops what a forward without a backward has left gathered."""
+        for module in self._wrapped:
+            module.reshard()
+
     def gradient_bytes(self) -> int:
         """Bytes that gradients take on this rank while micro-batches accumulate, beyond the sharded ones."""
         return whole_gradient_bytes(self.model, self._itemsize) if self._reduce_shards_last else 0

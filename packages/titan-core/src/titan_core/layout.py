@@ -23,5 +23,8 @@ class Layout(Protocol):
     def accumulate(self, batch: Batch, *, divisor: float) -> Tensor:
         """Adds up gradients of the summed loss over this rank's `batch`, divided by `divisor`; returns that loss."""
 
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The summed loss over this rank's `batch`, without gradients: a float64 scalar. Call it between steps."""
+
     def gradient_bytes(self) -> int:
         """Bytes of whole gradients kept on this rank while micro-batches accumulate."""

@@ -24,6 +24,8 @@ def vocabulary_parallel_loss(
     `hidden` is this rank's share of it: sum it over the group.
     """
     chunk = chunk_tokens or (256 if hidden.device.type == "cpu" else 2048)
+    # Gradients are computed in the forward pass, unless nobody will ask for them.
+    weight = weight if torch.is_grad_enabled() else weight.detach()
     return _VocabularyParallelLoss.apply(hidden.flatten(0, -2), weight, labels.flatten(), first_row, chunk, group)
 
 
@@ -43,21 +45,25 @@ class _VocabularyParallelLoss(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=wide)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             loss_rows, grad_logits = _cross_entropy(hidden[rows] @ weight.T, labels[rows], first_row, wide, group)
             loss += loss_rows
-            torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            grad_weight += grad_logits.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_outputs[0], grad_weight * grad_outputs[0], None, None, None, None
+        grads = (None if grad is None else grad * grad_outputs[0] for grad in (grad_hidden, grad_weight))
+        return *grads, None, None, None, None
 
 
 def _cross_entropy(

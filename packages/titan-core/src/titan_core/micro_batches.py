@@ -1,4 +1,4 @@
-"""Forward and backward over the micro-batches of a step, for every layout that runs the whole model on each rank."""
+"""Forward and backward over micro-batches, or forward alone, for every layout that runs all of a model on each rank."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -41,6 +41,32 @@ class MicroBatchLoop(ABC):
                 part.backward()
             loss += part.detach()
         return loss
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The model's summed loss over `batch`, a float64 scalar, of this rank's tokens."""
+        self.begin_step()
+        loss = torch.zeros((), device=batch["tokens"].device, dtype=torch.float64)
+        with evaluating(self.model):
+            for tokens, others in split_rows(batch, self._size):
+                with self.micro_batch(last=True):
+                    loss += self.model(tokens, **others)
+        self.end_evaluation()
+        return loss
+
+    @abstractmethod
+    def end_evaluation(self) -> None:
+        """Leaves parameters as they are between steps."""
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, and no module that behaves as in training."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
 
 
 def split_rows(batch: Batch, size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
@@ -20,6 +21,8 @@ from titan_core.compat import pipeline_schedule_from_actions
 from titan_core.config import ParallelConfig
 from titan_core.fsdp import whole_gradient_bytes
 from titan_core.layout import Batch
+from titan_core.micro_batches import evaluating, split_rows
+from titan_core.pipeline_forward import forward
 from titan_core.routers import Routers
 from titan_core.schedule_file import read_schedule
 from titan_core.stages import SCHEDULES, balanced_stages, rank_of_stage, stage_count
@@ -193,14 +196,27 @@ class Pipeline:
         losses: list[Tensor] = []
         others = {name: tensor for name, tensor in batch.items() if name != "tokens"}
         self._schedule.step(tokens, target=labels, losses=losses, return_outputs=False, **others)
-        total = torch.zeros((), device=tokens.device, dtype=torch.float64)
-        for loss in losses:
-            total += loss.detach()
-        return total
+        return _sum(losses, tokens.device)
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The model's summed loss over `batch`: a float64 scalar, zero but on the ranks with the last stage."""
+        tokens = batch["tokens"]
+        hidden = self._hidden(tokens.shape[1], tokens.device)
+        micro_batches = list(split_rows(batch, self._size))
+        with evaluating(self.model):
+            losses = forward(self._stages.parts, stage_ranks(self._config), micro_batches, hidden, self._group)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what no backward will drop
+        return _sum(losses, tokens.device)
 
     def gradient_bytes(self) -> int:
         """Bytes that gradients take on this rank while micro-batches accumulate, beyond the sharded ones."""
         return whole_gradient_bytes(self.model, self._itemsize)
+
+    def _hidden(self, length: int, device: torch.device) -> Tensor:
+        """As large as what a stage hands on for a micro-batch of rows of `length` tokens."""
+        return torch.empty(self._size, length // self._sequence_cut, self._width, dtype=self._dtype, device=device)
 
     def _build(self, tokens: Tensor) -> Any:
         rows, length = tokens.shape
@@ -210,9 +226,7 @@ class Pipeline:
                 "without labels."
             )
         # Given ahead, so that the first step does not run the model once more to see shapes.
-        hidden = torch.empty(
-            self._size, length // self._sequence_cut, self._width, dtype=self._dtype, device="meta", requires_grad=True
-        )
+        hidden = self._hidden(length, torch.device("meta")).requires_grad_()
         loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta", requires_grad=True)
         count = self._stages.count
         stages = [
@@ -234,6 +248,13 @@ class Pipeline:
             loss_fn=lambda loss, _: loss / self._divisor,
             scale_grads=False,
         )
+
+
+def _sum(losses: Sequence[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for loss in losses:
+        total += loss.detach()
+    return total
 
 
 def build_schedule(config: ParallelConfig, stages: list[PipelineStage], **options: Any) -> Any:

@@ -45,5 +45,11 @@ class OwnTokens:
 
     def accumulate(self, batch: Batch, *, divisor: float) -> Tensor:
         """See `Layout.accumulate`; what has a value for each token is cut, what has one for each row is not."""
-        own = {name: self._take(tensor) if tensor.dim() > 1 else tensor for name, tensor in batch.items()}
-        return self._layout.accumulate(own, divisor=divisor)
+        return self._layout.accumulate(self._own(batch), divisor=divisor)
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """See `Layout.evaluate`."""
+        return self._layout.evaluate(self._own(batch))
+
+    def _own(self, batch: Batch) -> Batch:
+        return {name: self._take(tensor) if tensor.dim() > 1 else tensor for name, tensor in batch.items()}

@@ -72,6 +72,9 @@ class SingleDevice(MicroBatchLoop):
             for module, name, parameter in self._slots:
                 module.register_parameter(name, parameter)
 
+    def end_evaluation(self) -> None:
+        """Nothing to undo: the next step casts the parameters anew."""
+
     def gradient_bytes(self) -> int:
         """Bytes that gradients take on this device while micro-batches accumulate."""
         return 0

@@ -25,7 +25,8 @@ class DataConfig:
     a URL (s3://bucket/*.jsonl.gz) of text files (.txt, .md, .py, ...: one document a file) or .jsonl files (one
     document a line), plain or as .gz or .zst, or of .parquet or .arrow files (one document a row); a folder written by
     titan-tokenize or by Dataset.save_to_disk; "hf:OWNER/NAME[:CONFIG[:SPLIT]]", a dataset of the Hugging Face hub;
-    "c4" (allenai/c4, English), or "c4_test" (the folder tests/assets/c4_test)."""
+    "c4" (allenai/c4, English), or "c4_test" (the folder tests/assets/c4_test); or "MODULE:NAME", a source of your own:
+    what this function or class of an importable module makes."""
 
     format: Format = field(default="auto", metadata=WHERE)
     """How to read the files, or "auto": by suffix. In a folder it also says which files count."""
@@ -57,6 +58,3 @@ class DataConfig:
 
     tokenize_workers: int = field(default=1, metadata=HOW)
     """Processes that tokenize a corpus which is not in the cache yet; 1: this process, with a thread for each core."""
-
-    prefetch: int = field(default=2, metadata=HOW)
-    """Batches that a background thread prepares ahead; 0 prepares each batch when it is asked for."""

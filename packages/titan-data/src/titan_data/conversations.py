@@ -11,13 +11,10 @@ the chat template. An assistant's message of `"weight": 0`, as OpenAI has it, an
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from titan_data.errors import DataError
 from titan_data.source import Record, RecordPart, Source
-
-SHIPPED = "conversations"
 
 Message = dict[str, Any]
 
@@ -58,11 +55,6 @@ class Conversation:
 
 class _MalformedError(Exception):
     """What is wrong with a conversation; its place is added where it is known."""
-
-
-def shipped_conversations() -> str:
-    """Returns the path of the conversations that come with this package."""
-    return str(resources.files("titan_data") / "assets" / "conversations.jsonl")
 
 
 def read_conversations(source: Source) -> Iterator[Conversation]:

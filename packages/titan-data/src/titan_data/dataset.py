@@ -99,12 +99,19 @@ class TokenDataset:
         )
 
 
-def open_dataset(config: DataConfig, *, source: Source | None = None, progress: Progress | None = None) -> TokenDataset:
+def open_dataset(
+    config: DataConfig,
+    *,
+    source: Source | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> TokenDataset:
     """Finds a corpus's tokens in the cache, or tokenizes it first; safe to call from many processes at once.
 
     Args:
         config: what to read, and where to keep it.
         source: reads these documents instead of those that `config.source` names.
+        tokenizer: instead of the one that `config.tokenizer` names, e.g. to validate with the one of the training set.
         progress: is called with a line of text about whatever takes time; nothing is printed by itself.
 
     Raises:
@@ -114,18 +121,18 @@ def open_dataset(config: DataConfig, *, source: Source | None = None, progress: 
     progress = progress or (lambda message: None)
     cache = cache_directory(config.cache_dir)
     if source is None and is_token_folder(Path(config.source).expanduser()):
-        return _open_tokens(config)
+        return _open_tokens(config, tokenizer)
     source = source or open_source(config, cache=cache, progress=progress)
-    tokenizer = open_tokenizer(config, source, cache=cache, progress=progress)
+    chosen = tokenizer or open_tokenizer(config, source, cache=cache, progress=progress)
     store = find_or_build(
-        cache / "tokens" / stream_fingerprint(source, tokenizer)[:32],
+        cache / "tokens" / stream_fingerprint(source, chosen)[:32],
         open_folder=open_store,
-        build=lambda folder: _tokenize(folder, source, tokenizer, config.tokenize_workers, progress),
+        build=lambda folder: _tokenize(folder, source, chosen, config.tokenize_workers, progress),
         what="token cache",
         progress=progress,
         resume=True,
     )
-    return TokenDataset(store=store, source=source.describe(), load_tokenizer=lambda: tokenizer)
+    return TokenDataset(store=store, source=source.describe(), load_tokenizer=lambda: chosen)
 
 
 def open_tokenizer(config: DataConfig, source: Source, *, cache: Path, progress: Progress) -> Tokenizer:
@@ -155,7 +162,7 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, workers: int, 
     progress(f"tokenized {size / 1e6:,.1f} MB into {manifest.tokens:,} tokens in {seconds:.1f} s")
 
 
-def _open_tokens(config: DataConfig) -> TokenDataset:
+def _open_tokens(config: DataConfig, tokenizer: Tokenizer | None) -> TokenDataset:
     """Opens a folder that titan-tokenize wrote."""
     folder = Path(config.source).expanduser().absolute()
     for name in ("format", "text_field", "template", "vocab_size"):
@@ -167,7 +174,12 @@ def _open_tokens(config: DataConfig) -> TokenDataset:
     except DamagedError as error:
         raise DataError(f"the tokens in {folder} are damaged ({error}). Copy or tokenize them again.") from error
     record = store.manifest.tokenizer
-    if config.tokenizer != TRAINED and load_tokenizer(Path(config.tokenizer)).hash != record.hash:
+    if tokenizer is not None and tokenizer.hash != record.hash:
+        raise DataError(
+            f"{config.source} was tokenized by {record.name}, which is another tokenizer than the one it is to be read "
+            "with. Tokenize it again with that one, or name its text."
+        )
+    if tokenizer is None and config.tokenizer != TRAINED and load_tokenizer(Path(config.tokenizer)).hash != record.hash:
         raise DataError(
             f"{config.source} was tokenized by {record.name}, which is another tokenizer than data.tokenizer "
             f"{config.tokenizer!r}. Leave data.tokenizer out: the folder has its own."

@@ -23,5 +23,18 @@ class LoaderConfig:
     """How long a batch may take to read before the loader is taken to hang, which ends the run with an error that says
     where; a slow file system is no hang."""
 
-    pin_memory: bool = field(default=False, metadata=HOW)
-    """Put batches into page-locked memory, from which a GPU copies without waiting; takes a GPU."""
+    pin_memory: bool | None = field(default=None, metadata=HOW)
+    """Put batches into page-locked memory, from which a GPU copies without waiting; None: if there is a GPU."""
+
+    def problems(self) -> list[str]:
+        """Every value that cannot be used, each as one sentence; empty if there is none."""
+        found = []
+        if not 0 <= self.workers <= 1024:
+            found.append(f"data.loader.workers is {self.workers}; it must lie between 0 and 1,024.")
+        if not 0 <= self.prefetch <= 1000:
+            found.append(f"data.loader.prefetch is {self.prefetch}; it must lie between 0 and 1,000.")
+        elif self.workers > 0 and self.prefetch == 0:
+            found.append("data.loader.prefetch is 0, but data.loader.workers only work ahead; raise it, or leave them.")
+        if not self.timeout_seconds > 0:
+            found.append(f"data.loader.timeout_seconds is {self.timeout_seconds}; it must be above 0.")
+        return found

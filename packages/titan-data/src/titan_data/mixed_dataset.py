@@ -13,7 +13,6 @@ from titan_data.cache import Progress
 from titan_data.config import DataConfig
 from titan_data.dataset import TokenDataset, open_dataset
 from titan_data.errors import DataError
-from titan_data.manifest import TOKENIZER
 from titan_data.mixture import Mixture
 from titan_data.mixture_config import MixtureConfig
 from titan_data.rows import RowArrays
@@ -90,42 +89,26 @@ def open_mixture(
         NotFoundError: if a source or the tokenizer is not there.
         DataError: if one of them cannot be used, two have one name or other tokenizers, or weights mean nothing.
     """
-    names = [source.name for source in mixture.sources]
-    if not names or len(set(names)) < len(names):
-        raise DataError(f"a mixture has one or more sources, each with a name of its own; these are named {names}.")
-    for change in mixture.changes:
-        if len(change.weights) != len(names):
-            raise DataError(
-                f"the change of weights at step {change.step} has {len(change.weights)} weights for {len(names)} "
-                "sources."
-            )
+    if problems := mixture.problems():
+        raise DataError(" ".join(problems))
     datasets: dict[str, TokenDataset] = {}
-    for source in mixture.sources:
-        own = dataclasses.replace(config, source=source.source)
-        if datasets:
-            own = with_tokenizer_of(next(iter(datasets.values())), own)
-        datasets[source.name] = open_dataset(own, progress=progress)
+    for name, source in mixture.sources.items():
+        tokenizer = next(iter(datasets.values())).tokenizer if datasets else None
+        own = dataclasses.replace(config, source=source)
+        datasets[name] = open_dataset(own, tokenizer=tokenizer, progress=progress)
     mixed = Mixture(
         {
             name: TokenWindows(dataset.store, seq_len=seq_len, confine_attention=config.confine_attention)
             for name, dataset in datasets.items()
         },
-        {source.name: source.weight for source in mixture.sources},
+        mixture.weights or dict.fromkeys(mixture.sources, 1.0),
         seed=seed,
         shuffle=config.shuffle,
         weigh_by=mixture.weigh_by,
         block_size=mixture.block_size,
-        changes={
-            change.step * global_batch_size: dict(zip(names, change.weights, strict=True)) for change in mixture.changes
-        },
+        changes={change.step * global_batch_size: change.weights for change in mixture.changes},
     )
     return MixedDataset(mixed, datasets)
-
-
-def with_tokenizer_of(dataset: TokenDataset, config: DataConfig) -> DataConfig:
-    """Returns a configuration that tokenizes as a dataset was: to validate on other text, or to mix it in."""
-    folder = dataset.store.folder / TOKENIZER
-    return dataclasses.replace(config, tokenizer=str(folder), vocab_size=DataConfig.vocab_size)
 
 
 def _mixture(mixture: Mixture) -> Mixture:

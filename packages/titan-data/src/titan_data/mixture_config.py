@@ -3,6 +3,7 @@
 Imports nothing but the standard library, so that a command line can show and check it at once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,36 +13,28 @@ WeighBy = Literal["tokens", "documents"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureSource:
-    """One source of a mixture."""
-
-    name: str
-    """What it is called in logs and in weights; its own order of reading depends on it too."""
-
-    source: str = field(metadata=WHERE)
-    """The corpus, as in data.source; data's other fields hold for all sources of a mixture."""
-
-    weight: float = 1.0
-    """Its share, relative to the others'; 0: none until a change of weights gives it some."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class WeightChange:
     """New weights from a step on."""
 
     step: int
     """The first global batch to be mixed so, counted from 0; batches that the run skips count."""
 
-    weights: tuple[float, ...]
-    """A weight for each source, in their order."""
+    weights: Mapping[str, float]
+    """Name -> weight, for every source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
     """Which sources are mixed, and how."""
 
-    sources: tuple[MixtureSource, ...]
-    """The sources, all with one tokenizer."""
+    sources: Mapping[str, str] = field(default_factory=dict, metadata=WHERE)
+    """Name -> corpus, as in data.source; data's other fields hold for all of them, and a tokenizer that is trained is
+    trained on the first. A name is what the source is called in logs and in weights; its own order of reading depends
+    on it too."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Name -> share of the source, relative to the others'; 0: none until a change of weights gives it some. Without
+    any, all have the same; else every source is named."""
 
     changes: tuple[WeightChange, ...] = ()
     """Steps at which the weights change, in their order."""
@@ -51,3 +44,18 @@ class MixtureConfig:
 
     block_size: int = 1000
     """Samples in a block, in each of which every source has exactly its share, rounded to whole samples."""
+
+    def problems(self) -> list[str]:
+        """What contradicts itself, each as one sentence; empty if nothing does."""
+        if not self.sources:
+            return ["data.mixture.sources names no source; give each a name and a corpus."]
+        found = []
+        named = {"data.mixture.weights": self.weights or self.sources}
+        named |= {f"the change of weights at step {change.step}": change.weights for change in self.changes}
+        for what, weights in named.items():
+            if set(weights) != set(self.sources):
+                found.append(
+                    f"{what} names {', '.join(weights) or 'nothing'}, but the sources are {', '.join(self.sources)}; "
+                    "give a weight to each of them."
+                )
+        return found

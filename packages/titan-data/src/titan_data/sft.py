@@ -3,7 +3,6 @@
 source (content fingerprint) -> chat template and tokenizer -> conversation store -> packs -> rows
 """
 
-import dataclasses
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from titan_data.conversation_store import (
     save_array,
     store_conversations,
 )
-from titan_data.conversations import SHIPPED, read_conversations, shipped_conversations
+from titan_data.conversations import read_conversations
 from titan_data.dataset import TRAINED, open_tokenizer
 from titan_data.errors import DataError
 from titan_data.packing import PackedConversations, Packs, plan_packs
@@ -122,9 +121,7 @@ def open_sft(
     _check(config, sft, seq_len)
     cache = cache_directory(config.cache_dir)
     if source is None:
-        path = shipped_conversations() if config.source == SHIPPED else config.source
-        found = open_source(dataclasses.replace(config, source=path), cache=cache, progress=progress)
-        source = dataclasses.replace(found, name=config.source)
+        source = open_source(config, cache=cache, progress=progress)
     if tokenizer is None and config.tokenizer == TRAINED:
         tokenizer = trained_chat_bpe(source, config.vocab_size, sft.template, cache / "tokenizers", progress=progress)
     tokenizer = tokenizer or open_tokenizer(config, source, cache=cache, progress=progress)

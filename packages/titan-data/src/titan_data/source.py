@@ -4,7 +4,7 @@ A source is a finite collection of documents in a fixed order, cut into parts th
 process; each part streams its documents. Text that is read often is tokenized once into a token store, where each
 document and each window can be reached in constant time; so a source itself needs no index of its documents.
 
-Another kind of source is a class with these members, given to `dataset.open_tokens`.
+Another kind of source is a class with these members, given to `dataset.open_dataset`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

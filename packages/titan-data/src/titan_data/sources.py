@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,9 +17,10 @@ from titan_data.fingerprint import LocalContent, hash_files
 from titan_data.hugging_face_datasets import PREFIX, hub_dataset, saved_dataset
 from titan_data.jsonl import jsonl_parts
 from titan_data.local_files import Found, find_local, find_standard_library, other_files, standard_library_name
+from titan_data.python_source import is_python_name, python_source
 from titan_data.records import TextOf, text_of
 from titan_data.remote import find_remote, is_url, remote_contents
-from titan_data.source import Part
+from titan_data.source import Part, Source
 from titan_data.source_file import COMPRESSIONS, SourceFile, compression, kind
 from titan_data.text_files import TextFile
 
@@ -35,6 +37,7 @@ class Named(NamedTuple):
 
 
 NAMED = {
+    "conversations": Named(str(resources.files("titan_data") / "assets" / "conversations.jsonl"), "jsonl"),
     "c4": Named("hf://datasets/allenai/c4/en/c4-train.*.json.gz", "jsonl"),
     "c4_test": Named("tests/assets/c4_test", "jsonl"),
 }
@@ -107,8 +110,8 @@ class FileSource:
         return f"{self.name}: {len(sizes):,} files{empty}, {sum(sizes) / 1e6:,.1f} MB{self.note}"
 
 
-def open_source(config: DataConfig, *, cache: Path, progress: Progress) -> FileSource:
-    """Finds the files behind a source's name and fingerprints them.
+def open_source(config: DataConfig, *, cache: Path, progress: Progress) -> Source:
+    """Finds the files behind a source's name and fingerprints them, or calls what makes a source of another kind.
 
     Args:
         config: `source`, `format`, `text_field` and `template` say what to read.
@@ -126,6 +129,13 @@ def open_source(config: DataConfig, *, cache: Path, progress: Progress) -> FileS
     if config.template is not None and config.text_field != DataConfig.text_field:
         raise DataError("data.text_field and data.template are two ways to say where the text is. Set one of them.")
     text = text_of(config.text_field, config.template)
+    if not config.source.startswith(PREFIX) and is_python_name(config.source):
+        if config.format != "auto" or config.template or config.text_field != DataConfig.text_field:
+            raise DataError(
+                f"data.format, data.text_field and data.template are for files, and {config.source} reads what it "
+                "likes. Leave them out."
+            )
+        return python_source(config.source)
     if config.source in NAMED:
         if config.format not in ("auto", NAMED[config.source].format):
             raise DataError(f"data.format is {config.format!r}, but {config.source} is {NAMED[config.source].format}.")

@@ -29,7 +29,9 @@ class Head(nn.Module):
         if labels is None:
             return hidden @ self.weight.T
         chunk = self.chunk_tokens or (CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else GPU_CHUNK_TOKENS)
-        return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), self.weight, labels.flatten(), chunk)
+        # Gradients are computed in the forward pass, unless nobody will ask for them.
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), chunk)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
