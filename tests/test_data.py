@@ -45,7 +45,7 @@ def kinds(corpora: dict[str, str]) -> dict[str, DataSection]:
 
 
 def short(data: DataSection, **changes: object) -> TrainConfig:
-    return change(TINY, data=data, **{"training.steps": 6, "schedule.total_steps": 6}, **changes)
+    return change(TINY, data=data, **({"training.steps": 6, "schedule.total_steps": 6} | changes))
 
 
 @pytest.mark.parametrize("kind", ["text", "mixture", "sft", "stream"])
@@ -103,6 +103,16 @@ def test_validation_is_the_same_on_every_layout(corpora: dict[str, str], name: s
     assert [ours[key] for key in names] == pytest.approx([alone[key] for key in names], rel=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["flex", "varlen"])
+def test_a_kernel_for_documents_changes_nothing(kinds: dict[str, DataSection], kernel: str, tmp_path: Path) -> None:
+    config = short(kinds["text"], **{"training.steps": 2})
+    expected = curve(train(config, tmp_path / "sdpa"))
+    config = change(config, **{"model.attention_kernel": kernel, "remat.mode": "selective"})
+    assert curve(train(config, tmp_path / "alone")) == pytest.approx(expected, rel=1e-6)
+    ulysses = layout(cp=2, cp_method="ulysses")
+    assert curve(train(config, tmp_path / "ulysses", 2, **ulysses)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_conversations_that_come_along(tmp_path: Path) -> None:
     result = titan_train(
         *("--config", "llama3_sft", "--training.steps", 3, "--output", tmp_path / "run", "--device", "cpu"),
@@ -152,6 +162,10 @@ def test_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["--validation.every", "0"], "validation.every is 0"),
         (["--validation.max-rows", "0"], "validation.max_rows is 0"),
         (["--data.kind", "sft", "--data.tokenize-workers", "2"], "data.tokenize_workers has no effect"),
+        (
+            ["--model.attention-kernel", "flex", "--data.no-confine-attention"],
+            "model.attention_kernel flex confines attention to documents",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused(flags: list[str], message: str, tmp_path: Path) -> None:

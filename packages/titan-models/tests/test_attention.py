@@ -1,12 +1,5 @@
 import torch
 
-from titan_models.attention import document_mask
-
-
-def test_document_mask_confines_to_earlier_tokens_of_the_same_document():
-    mask = document_mask(torch.tensor([[0, 0, 1, 1]]))
-    assert mask.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
-
 
 def test_packed_documents_see_exactly_what_they_see_alone(tiny, filled):
     model = filled(tiny)

@@ -82,7 +82,7 @@ def measured_step(
         with traffic, memory:
             memory.hold("parameters", layout.model.buffers())
             memory.hold("parameters", layout.model.parameters(), host=offload)
-            memory.hold("optimizer", state.values(), host=offload)
+            memory.hold("optimizer", state.values(), host=offload or config.optimizer.state_offload)
             memory.hold("other", batch.values())
             del state
             memory.category = "activations"
@@ -110,7 +110,7 @@ def rehearsable(config: TrainConfig) -> TrainConfig:
     chunk = config.model.loss_chunk_tokens or (None if config.device == "cpu" else GPU_CHUNK_TOKENS)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, loss_chunk_tokens=chunk),
+        model=dataclasses.replace(config.model, loss_chunk_tokens=chunk, attention_kernel="sdpa"),
         schedule=dataclasses.replace(config.schedule, total_steps=config.schedule.total_steps or 1),
         parallel=dataclasses.replace(config.parallel, async_tp=False),  # the compiler's, and sends the same
         compile=CompileConfig(),

@@ -6,6 +6,7 @@ from typing import Any, cast
 from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.open_directory import candidates
+from titan_core.config import StateDtype
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
 from titan_train.parts import differences
@@ -39,6 +40,12 @@ class Progress:
 def already_excluded(checkpoint: Checkpoint) -> set[str]:
     """The parts that the run had left out, before it wrote this checkpoint; it has them anew since."""
     return set(cast(Sequence[str], checkpoint.meta.get("excluded", ())))
+
+
+def saved_state_dtype(checkpoint: Checkpoint) -> StateDtype:
+    """The format in which the run that wrote a checkpoint kept its optimizer's moments."""
+    what = cast(Mapping[str, Any], checkpoint.meta["what"])
+    return what["optimizer"]["state_dtype"]
 
 
 def find_checkpoint(

@@ -23,6 +23,7 @@ from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.location import place_of
 from titan_ckpt.place import Place
+from titan_core.convert_state import ConvertedState
 from titan_core.init import init_parameters, materialize
 from titan_core.optim import ModelState, OptimizerState, build_optimizer
 from titan_core.rng import RngState
@@ -43,7 +44,7 @@ from titan_train.hooks import Hook, LogSamples, Step, build_log
 from titan_train.interrupt import Interrupt
 from titan_train.origin import Origin, find_origin
 from titan_train.parts import fingerprint, what_of
-from titan_train.resume import Progress, already_excluded, find_checkpoint
+from titan_train.resume import Progress, already_excluded, find_checkpoint, saved_state_dtype
 from titan_train.rows import share_rows
 from titan_train.run_directory import RunDirectory, default_directory
 from titan_train.status import StatusFile
@@ -152,7 +153,7 @@ class Trainer:
         host = torch.device("cpu") if config.parallel.cpu_offload else None
         materialize(self.model, env.device, parameters=host)
         init_parameters(self.model, config.model.init_rules(), config.training.seed)
-        self.optimizer = build_optimizer(self.model, roles, config.optimizer)
+        self.optimizer = build_optimizer(self.model, roles, config.optimizer, seed=config.training.seed)
 
         on_gpu = env.device.type == "cuda"
         self.loader = build_loader(config, dataset, rank=env.data_rank, rows=share.rows, on_gpu=on_gpu)
@@ -179,7 +180,11 @@ class Trainer:
     def resume(self, checkpointer: Checkpointer, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint of this run, without the parts that are excluded, once."""
         left_out = set(self.config.checkpoint.exclude) - already_excluded(checkpoint)
-        state = {name: part for name, part in self.state.items() if name not in left_out}
+        before, now = saved_state_dtype(checkpoint), self.config.optimizer.state_dtype
+        converted = (
+            {} if before == now else {"optimizer": ConvertedState(self.optimizer, self.model, saved=before, now=now)}
+        )
+        state = {name: part for name, part in (self.state | converted).items() if name not in left_out}
         own = {name: part for name, part in self.per_rank_state.items() if name not in left_out}
         checkpointer.load(checkpoint, state, per_rank=own, skip=left_out)
         self.excluded = already_excluded(checkpoint) | left_out

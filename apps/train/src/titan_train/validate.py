@@ -30,6 +30,7 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *config.precision.problems(),
         *config.quant.problems(),
         *config.optimizer.problems(),
+        *config.optimizer.offload_problems(config.device, config.parallel),
         *config.schedule.problems(),
         *config.metrics.problems(),
         *_data_problems(config),
@@ -37,6 +38,7 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *_role_problems(config),
         *_checkpoint_problems(config),
         *_export_problems(config),
+        *_attention_problems(config),
         *_expert_problems(config),
         *([] if ranges else _batch_problems(config, world_size)),
     ]
@@ -146,6 +148,30 @@ def _role_problems(config: TrainConfig) -> list[str]:
             close = difflib.get_close_matches(role, known, 1)
             hint = f"; did you mean {close[0]!r}" if close else ""
             found.append(f"optimizer.no_decay names the unknown role {role!r}{hint}. Known: {', '.join(known)}.")
+    return found
+
+
+def _attention_problems(config: TrainConfig) -> list[str]:
+    """Where the kernel that is asked for would not be used."""
+    kernel, dtype = config.model.attention_kernel, config.precision.param_dtype or config.precision.master_dtype
+    if kernel == "sdpa":
+        return []
+    found = []
+    if not config.data.confine_attention:
+        found.append(
+            f"model.attention_kernel {kernel} confines attention to documents, and data.confine_attention is off; "
+            "leave it out."
+        )
+    if config.parallel.cp > 1 and config.parallel.cp_method != "ulysses":
+        found.append(
+            f"model.attention_kernel {kernel} has no effect with parallel.cp_method {config.parallel.cp_method}, which "
+            "has a kernel of its own; leave it out, or choose ulysses."
+        )
+    if kernel == "varlen" and config.device == "cuda" and dtype != "bfloat16":
+        found.append(
+            f"model.attention_kernel varlen computes in half precision on a GPU, and here it is {dtype}; set "
+            "--precision.param-dtype bfloat16, or choose flex."
+        )
     return found
 
 

@@ -1,10 +1,9 @@
 """Grouped-query self-attention, causal and confined to documents."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_models.config import DecoderConfig
+from titan_models.attend import attend
+from titan_models.config import AttentionKernel, DecoderConfig
 from titan_models.rope import apply_rope
 
 
@@ -28,7 +27,7 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.sdpa = DotProductAttention()
+        self.sdpa = DotProductAttention(config.attention_kernel)
         self.wo = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, document_ids: Tensor | None) -> Tensor:
@@ -43,31 +42,17 @@ class Attention(nn.Module):
 class DotProductAttention(nn.Module):
     """Softmax attention over earlier tokens of the same document; the part that other kernels may replace."""
 
+    def __init__(self, kernel: AttentionKernel = "sdpa") -> None:
+        super().__init__()
+        if kernel == "varlen":
+            import torch.nn.attention.varlen  # noqa: F401 - registers the operator, by whose name its result is kept
+        self.kernel: AttentionKernel = kernel
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, document_ids: Tensor | None) -> Tensor:
         """Mixes `v` [B, S, K, H] by the similarity of `q` [B, S, N, H] and `k` [B, S, K, H]; N is a multiple of K.
 
         `document_ids` [B, S] int64: a token sees earlier tokens with its own id; None: each row is one document.
-        `positions` [B, S] are for kernels that need them; this one relies on the order of the row.
+        `positions` [B, S] are for kernels that need them; these rely on the order of the row.
         Returns [B, S, N, H].
         """
-        mask = None if document_ids is None else document_mask(document_ids)
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return mixed.transpose(1, 2)
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Which token may see which: [B, 1, S, S] bool, true for earlier tokens of the same document.
-
-    `document_ids`: [B, S] int64.
-    """
-    length = document_ids.shape[1]
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    return (same & causal)[:, None]
+        return attend(q, k, v, document_ids, self.kernel)

@@ -6,10 +6,13 @@ A family (see `titan_models.families.llama3`) subclasses `DecoderConfig` and add
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from titan_models.decoder import Decoder
+
+
+AttentionKernel = Literal["sdpa", "flex", "varlen"]
 
 
 class ModelConfigError(ValueError):
@@ -137,6 +140,9 @@ class DecoderConfig:
     init_std: float = 0.02
     """Standard deviation of the initial weights; layers that write to the residual stream get it divided by
     sqrt(2 * layers)."""
+    attention_kernel: AttentionKernel = field(default="sdpa", metadata={"part": "how"})
+    """What confines attention to documents, to the same result: sdpa: a mask, anywhere. flex: a block mask, and
+    varlen: flash attention in half precision, both faster on a GPU if rows hold several documents."""
     loss_chunk_tokens: int | None = field(default=None, metadata={"part": "how"})
     """Tokens whose logits exist at one time while the loss is computed; None: what suits the device."""
 
@@ -159,6 +165,11 @@ class DecoderConfig:
                     f"model.moe.first_dense_layers {self.moe.first_dense_layers} leaves none of the {self.layers} "
                     "layers with experts; lower it, or set model.moe to None."
                 )
+        if self.attention_kernel not in get_args(AttentionKernel):
+            problems.append(
+                f"model.attention_kernel is {self.attention_kernel!r}; choose one of "
+                f"{', '.join(get_args(AttentionKernel))}."
+            )
         if self.head_dim % 2:
             problems.append(f"model.head_dim {self.head_dim} is odd; rotary embeddings turn pairs of dimensions.")
         return problems
@@ -194,7 +205,8 @@ class DecoderConfig:
 
     def costly_operators(self) -> tuple[str, ...]:
         """The model's own operators whose results are cheaper to keep than to compute again."""
-        return () if self.moe is None else ("titan_models.expert_products.default",)
+        kernel = ("torch_attn._varlen_attn.default",) if self.attention_kernel == "varlen" else ()
+        return kernel if self.moe is None else (*kernel, "titan_models.expert_products.default")
 
     def init_rules(self) -> Mapping[str, tuple[str, float]]:
         """FQN pattern of a parameter or buffer -> ("normal", standard deviation) or ("constant", value)."""
