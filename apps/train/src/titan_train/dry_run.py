@@ -29,7 +29,7 @@ class DryRun:
     memory: dict[int, MemoryUse]
     """Rank -> bytes alive on its device when most are."""
     host_memory: dict[int, MemoryUse]
-    """Rank -> bytes alive in the host's memory when most are there, with parallel.cpu_offload."""
+    """Rank -> bytes alive in the host's memory when most are there, if anything is offloaded."""
     seconds: float
     """How long it took to find out."""
 
@@ -56,7 +56,8 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
 def dry_run_text(config: TrainConfig, world_size: int) -> str:
     """What `titan-train --dry-run` prints for a validated configuration on `world_size` ranks."""
     result = dry_run(config, world_size)
-    rank, offload, width = result.heaviest, config.parallel.cpu_offload, terminal_width()
+    rank, width = result.heaviest, terminal_width()
+    offload = config.parallel.cpu_offload or config.optimizer.state_offload
     lines = [
         f"A training step on {world_size} rank{'s' if world_size > 1 else ''} of fake tensors, in "
         f"{result.seconds:,.1f} s. Rank {rank} needs most{' on its GPU' if offload else ''}:",
@@ -128,4 +129,6 @@ def _assumptions(config: TrainConfig) -> list[str]:
             "parameters, reduced gradients and the optimizer's state are in the host's memory; what is on its way "
             "between host and GPU is counted on one side only"
         )
+    if config.optimizer.state_offload:
+        notes.append("the optimizer's state is in the host's memory, pinned; what is on its way is counted there only")
     return notes

@@ -43,7 +43,7 @@ class Rehearsal:
     memory: MemoryUse
     """On the device, when most is alive there."""
     host_memory: MemoryUse
-    """In the host's memory, with parallel.cpu_offload, when most is alive there."""
+    """In the host's memory, if anything is offloaded, when most is alive there."""
     traffic: tuple[Flow, ...]
     """What the rank sends and receives in the step."""
 

@@ -180,11 +180,10 @@ class Trainer:
     def resume(self, checkpointer: Checkpointer, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint of this run, without the parts that are excluded, once."""
         left_out = set(self.config.checkpoint.exclude) - already_excluded(checkpoint)
-        before, now = saved_state_dtype(checkpoint), self.config.optimizer.state_dtype
-        converted = (
-            {} if before == now else {"optimizer": ConvertedState(self.optimizer, self.model, saved=before, now=now)}
-        )
-        state = {name: part for name, part in (self.state | converted).items() if name not in left_out}
+        state = {name: part for name, part in self.state.items() if name not in left_out}
+        saved, now = saved_state_dtype(checkpoint), self.config.optimizer.state_dtype
+        if saved != now and "optimizer" in state:  # one of the changes that were allowed
+            state["optimizer"] = ConvertedState(self.optimizer, self.model, saved=saved, now=now)
         own = {name: part for name, part in self.per_rank_state.items() if name not in left_out}
         checkpointer.load(checkpoint, state, per_rank=own, skip=left_out)
         self.excluded = already_excluded(checkpoint) | left_out
