@@ -64,6 +64,10 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     session.run("pytest", "--durations=5", "--quiet", *arguments, *session.posargs, env=TEST_ENV)
 
 
+# Most tests wait for processes that start, one after another, on a machine that has more than one core.
+SIDE_BY_SIDE = ("--numprocesses=2", "--dist=worksteal")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Checks style, types, imports and spelling without running any of our code."""
@@ -87,7 +91,7 @@ def lint(session: nox.Session) -> None:
 def packages(session: nox.Session, member: str) -> None:
     """Tests one member alone, in an environment that has only what it declares."""
     install_member(session, member)
-    pytest(session, "-m", "not slow and not gpu", str(FOLDERS[member] / "tests"))
+    pytest(session, *SIDE_BY_SIDE, "-m", "not slow and not gpu", str(FOLDERS[member] / "tests"))
 
 
 @nox.session
@@ -104,7 +108,7 @@ def together(session: nox.Session) -> None:
     """Tests that need several packages: layouts, resume, the command line, the README."""
     session.install(*build_wheels(session, *PACKAGES, *APPS))
     session.install("--group", "test")
-    pytest(session, "-m", "not slow and not gpu", "tests")
+    pytest(session, *SIDE_BY_SIDE, "-m", "not slow and not gpu", "tests")
 
 
 @nox.session
