@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -21,14 +21,19 @@ def titan_train(*arguments, **environment):
 
 @pytest.mark.parametrize("flag", ["--help", "--print-config"])
 def test_answers_in_half_a_second(flag):
+    """In time of its own, whatever else the machine does."""
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = cpu_seconds_of_children()
         result = titan_train(flag, PYTHONDONTWRITEBYTECODE=None)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(cpu_seconds_of_children() - before)
         assert result.returncode == 0
-    # The best of five: other processes of a test machine only ever add.
     assert min(seconds) < 0.5
+
+
+def cpu_seconds_of_children():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.parametrize(

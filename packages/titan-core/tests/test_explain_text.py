@@ -38,8 +38,16 @@ EXPLANATION = Explanation(
     ),
     timeline=play({0: [(0, "F", 0), (0, "B", 0)], 1: [(1, "F", 0), (1, "B", 0)]}),
     traffic=(
-        Flow(axis="pp", kind="send", cause="hidden states", count=1, sent_bytes=10, received_bytes=0),
-        Flow(axis="fsdp", kind="all-gather", cause="parameters", count=1200, sent_bytes=2048, received_bytes=2048),
+        Flow(axis="pp", kind="send", cause="hidden states", dtype="float32", count=1, sent_bytes=10, received_bytes=0),
+        Flow(
+            axis="fsdp",
+            kind="all-gather",
+            cause="parameters",
+            dtype="bfloat16",
+            count=1200,
+            sent_bytes=2048,
+            received_bytes=2048,
+        ),
     ),
 )
 
@@ -67,10 +75,10 @@ pipeline schedule
 
 collectives a step
   of rank 8; bytes are those it sends to others and receives from them around a ring
-  axis  kind        count      sent  received  why
-  fsdp  all-gather  1,200  2.00 KiB  2.00 KiB  parameters
-  pp    send            1      10 B       0 B  hidden states
-  all               1,201  2.01 KiB  2.00 KiB"""
+  axis  kind        of        count      sent  received  why
+  fsdp  all-gather  bfloat16  1,200  2.00 KiB  2.00 KiB  parameters
+  pp    send        float32       1      10 B       0 B  hidden states
+  all                         1,201  2.01 KiB  2.00 KiB"""
 
 
 def test_an_explanation_reads_as_sections():
@@ -106,13 +114,13 @@ pipeline schedule
 collectives a step
   of rank 8; bytes are those it sends to others and
       receives from them around a ring
-  axis  kind        count      sent  received
+  axis  kind        of        count      sent  received
       why
-  fsdp  all-gather  1,200  2.00 KiB  2.00 KiB
+  fsdp  all-gather  bfloat16  1,200  2.00 KiB  2.00 KiB
       parameters
-  pp    send            1      10 B       0 B
+  pp    send        float32       1      10 B       0 B
       hidden states
-  all               1,201  2.01 KiB  2.00 KiB"""
+  all                         1,201  2.01 KiB  2.00 KiB"""
 
 
 def test_what_does_not_fit_a_line_goes_beneath():

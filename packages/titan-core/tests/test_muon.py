@@ -110,6 +110,32 @@ def test_a_parameter_without_a_gradient_stays_as_it_is():
     assert still not in optimizer.state
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_in_bfloat16_leads_nearly_to_where_it_leads_in_float32(nesterov):
+    config, ends, momenta = MuonConfig(nesterov=nesterov, ns_dtype="float32"), {}, {}
+    for dtype in ("float32", "bfloat16"):
+        parameter = nn.Parameter(gaussian(24, 40, dtype=torch.float32))
+        optimizer = Muon([group([parameter])], config, state_dtype=dtype)
+        for step in range(10):
+            parameter.grad = gaussian(24, 40, seed=step + 1, dtype=torch.float32)
+            optimizer.step()
+        ends[dtype], momenta[dtype] = parameter.detach(), optimizer.state[parameter]["momentum"]
+    assert momenta["float32"].dtype == torch.float32
+    assert momenta["bfloat16"].dtype == torch.bfloat16
+    torch.testing.assert_close(momenta["bfloat16"].float(), momenta["float32"], rtol=0.02, atol=0.002)
+    way = (ends["float32"] - gaussian(24, 40, dtype=torch.float32)).norm()
+    assert 0 < (ends["bfloat16"] - ends["float32"]).norm() < 0.02 * way
+
+
+def test_weights_in_bfloat16_have_momentum_in_float32():
+    parameter = nn.Parameter(gaussian(4, 6, dtype=torch.bfloat16))
+    parameter.grad = gaussian(4, 6, seed=1, dtype=torch.bfloat16)
+    optimizer = Muon([group([parameter])], MuonConfig())
+    optimizer.step()
+    assert optimizer.state[parameter]["momentum"].dtype == torch.float32
+    torch.testing.assert_close(optimizer.state[parameter]["momentum"], 0.05 * parameter.grad.float())
+
+
 def with_others(seed):
     matrix, vector = nn.Parameter(gaussian(4, 6, seed=seed)), nn.Parameter(gaussian(6, seed=seed))
     others = torch.optim.AdamW([vector], lr=0.02)
@@ -166,7 +192,7 @@ class Matrices(nn.Module):
             self.register_parameter(name, nn.Parameter(cut))
 
 
-def train(lay_out=None, config=EXACT):
+def train(lay_out=None, config=EXACT, state_dtype="float32"):
     """The parts of this rank after some steps, and where they lie: name -> (box, weights, momentum)."""
     model = Matrices()
     if lay_out is not None:
@@ -174,7 +200,7 @@ def train(lay_out=None, config=EXACT):
     parameters = dict(model.named_parameters())
     names = list(parameters)
     groups = [group(parameters[name] for name in part) for part in (names[:2], names[2:])]
-    optimizer = Muon(groups, config)
+    optimizer = Muon(groups, config, state_dtype=state_dtype)
     for step in range(STEPS):
         for i, parameter in enumerate(parameters.values()):
             part = gaussian(*parameter.shape, seed=100 * step + i)[owned(parameter)]
@@ -289,3 +315,11 @@ def test_bfloat16_iterations_round_in_the_same_way_everywhere():
     assert 1e-5 < rounding < 1e-2
     for parts in run_ranks(4, train, fsdp_and_tensor_parallel, config):
         assert_equal(parts, expected)
+
+
+def test_momentum_in_bfloat16_does_not_depend_on_the_layout():
+    expected = train(state_dtype="bfloat16")
+    assert expected["plain"][2].dtype == torch.bfloat16
+    for lay_out in (fsdp_and_tensor_parallel, experts_on_their_own_mesh):
+        for parts in run_ranks(4, train, lay_out, EXACT, "bfloat16"):
+            assert_equal(parts, expected)

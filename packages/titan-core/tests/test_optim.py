@@ -1,19 +1,21 @@
 import pytest
 import torch
 
+from titan_core import moments
+from titan_core.adamw import AdamW
 from titan_core.config import OptimizerConfig, ParamGroupConfig
 from titan_core.init import init_parameters, materialize
-from titan_core.optim import ModelState, OptimizerState, build_optimizer, set_lr
+from titan_core.optim import ModelState, OptimizerError, OptimizerState, build_optimizer, set_lr
 from titan_core.roles import resolve_roles
 
 
 @pytest.fixture
 def make(toy, toy_roles, toy_rules):
-    def build(*, tied=False, **settings):
-        model = toy(tied=tied)
+    def build(*, tied=False, dtype=torch.float32, seed=0, **settings):
+        model = toy(dtype, tied=tied)
         materialize(model, torch.device("cpu"))
         init_parameters(model, toy_rules, 0)
-        return model, build_optimizer(model, resolve_roles(model, toy_roles), OptimizerConfig(**settings))
+        return model, build_optimizer(model, resolve_roles(model, toy_roles), OptimizerConfig(**settings), seed=seed)
 
     return build
 
@@ -49,16 +51,28 @@ def step(model, optimizer, seed):
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_restored_into_a_new_optimizer_continues_bitwise(make, name):
-    model, optimizer = make(name=name)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "adamw"},
+        {"name": "muon"},
+        {"name": "muon", "state_dtype": "bfloat16", "state_rounding": "stochastic"},
+        {"state_dtype": "bfloat16", "state_rounding": "stochastic"},
+        {"state_dtype": "int8"},
+        {"state_dtype": "int4"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_state_restored_into_a_new_optimizer_continues_bitwise(make, settings, monkeypatch):
+    monkeypatch.setattr(moments, "_LEAST_QUANTIZED", 1)
+    model, optimizer = make(**settings)
     step(model, optimizer, 0)
     saved = [
         {k: v.clone() for k, v in s.state_dict().items()} for s in (ModelState(model), OptimizerState(optimizer, model))
     ]
     step(model, optimizer, 1)
 
-    again, fresh = make(name=name)
+    again, fresh = make(**settings)
     step(again, fresh, 5)  # whatever it held before is replaced
     ModelState(again).load_state_dict(saved[0])
     OptimizerState(fresh, again).load_state_dict(saved[1])
@@ -152,3 +166,65 @@ def test_set_lr_reaches_every_group(make):
     _, optimizer = make()
     set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def kinds(optimizer):
+    return {tensor.dtype for state in optimizer.state.values() for name, tensor in state.items() if name != "step"}
+
+
+def test_moments_are_kept_in_the_format_that_is_asked_for(make, monkeypatch):
+    monkeypatch.setattr(moments, "_LEAST_QUANTIZED", 1)
+    expected = {
+        "float32": {torch.float32},
+        "bfloat16": {torch.bfloat16},
+        "int8": {torch.uint8, torch.float32},
+        "int4": {torch.uint8, torch.float32},
+    }
+    for state_dtype, dtypes in expected.items():
+        model, optimizer = make(state_dtype=state_dtype)
+        state = OptimizerState(optimizer, model).state_dict()
+        assert kinds(optimizer) == dtypes
+        matrix = {key for key in state if key.startswith("layers.0.mix.up.weight.")}
+        names = {"moments"} if state_dtype == "int4" else {"exp_avg", "exp_avg_sq"}
+        scales = {"exp_avg_scale", "exp_avg_sq_scale"} if state_dtype.startswith("int") else set()
+        assert matrix == {f"layers.0.mix.up.weight.{name}" for name in {"step"} | names | scales}
+
+
+def test_weights_in_bfloat16_have_moments_in_float32_unless_told_otherwise(make):
+    for name in ("adamw", "muon"):
+        model, optimizer = make(dtype=torch.bfloat16, name=name)
+        step(model, optimizer, 0)
+        assert kinds(optimizer) == {torch.float32}
+        model, optimizer = make(dtype=torch.bfloat16, name=name, state_dtype="bfloat16")
+        step(model, optimizer, 0)
+        assert kinds(optimizer) == {torch.bfloat16}
+
+
+def test_torchs_fused_step_is_used_where_it_can_be(make):
+    assert type(make()[1]) is torch.optim.AdamW
+    assert type(make(dtype=torch.float64)[1]) is torch.optim.AdamW
+    assert type(make(state_offload=True)[1]) is AdamW
+
+
+def test_groups_and_learning_rates_count_with_any_format(make):
+    groups = (ParamGroupConfig(roles=("rowwise",), lr_factor=0.0), ParamGroupConfig(roles=("head",), lr_factor=0.5))
+    model, optimizer = make(state_dtype="bfloat16", groups=groups)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    set_lr(optimizer, 0.1)
+    step(model, optimizer, 0)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters()}
+    assert moved["layers.0.mix.down.weight"] == 0.0
+    assert 0.04 < moved["head.weight"] < 0.06
+    assert 0.09 < moved["layers.0.mix.up.weight"] < 0.15
+
+
+def test_stochastic_rounding_of_weights_follows_the_seed_and_needs_weights_in_bfloat16(make):
+    def weights(seed):
+        model, optimizer = make(dtype=torch.bfloat16, parameter_rounding="stochastic", seed=seed)
+        step(model, optimizer, 0)
+        return model.head.weight
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+    with pytest.raises(OptimizerError, match=r"parameter_rounding stochastic .* these are float32; keep them"):
+        make(parameter_rounding="stochastic")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from titan_core.config import MuonConfig, OptimizerConfig, ParamGroupConfig
+from titan_core.config import MuonConfig, OptimizerConfig, ParallelConfig, ParamGroupConfig
 from titan_core.param_groups import ParamGroupError, check_groups, group_parameters
 from titan_core.roles import resolve_roles
 
@@ -139,6 +139,21 @@ def test_muon_refuses_what_is_no_matrix(treat):
         ({"muon": MuonConfig(momentum=1.0), "name": "muon"}, "optimizer.muon.momentum is 1.0; it must lie between"),
         ({"muon": MuonConfig(ns_steps=0), "name": "muon"}, "optimizer.muon.ns_steps is 0; it must lie between"),
         ({"muon": MuonConfig(nesterov=False)}, "optimizer.muon has no effect with --optimizer.name adamw"),
+        (
+            {"state_rounding": "stochastic"},
+            "optimizer.state_rounding stochastic has no effect with --optimizer.state-d",
+        ),
+        (
+            {"state_rounding": "stochastic", "state_dtype": "int8"},
+            "optimizer.state_rounding stochastic has no effect with --optimizer.state-dtype int8; use bfloat16",
+        ),
+        ({"state_dtype": "int8", "name": "muon"}, "optimizer.state_dtype int8 is for AdamW's moments"),
+        (
+            {"state_dtype": "int4", "groups": (ParamGroupConfig(roles=("rowwise",), optimizer="muon"),)},
+            "optimizer.state_dtype int4 is for AdamW's moments",
+        ),
+        ({"parameter_rounding": "stochastic", "name": "muon"}, "optimizer.parameter_rounding stochastic is AdamW's"),
+        ({"state_offload": True, "name": "muon"}, "optimizer.state_offload is AdamW's"),
         ({"groups": (ParamGroupConfig(lr_factor=2.0),)}, "optimizer.groups[0] names no parameters; give it"),
         (
             {"groups": (ParamGroupConfig(roles=("a",), lr_factor=-1.0),)},
@@ -160,3 +175,13 @@ def test_good_configurations_have_no_problems():
     group = ParamGroupConfig(roles=("head",), optimizer="muon")
     assert not OptimizerConfig().problems()
     assert not OptimizerConfig(groups=(group,), muon=MuonConfig(nesterov=False)).problems()
+
+
+def test_moments_are_offloaded_only_where_there_is_something_to_offload_from():
+    offloading = OptimizerConfig(state_offload=True)
+    assert not offloading.offload_problems("cuda", ParallelConfig())
+    assert not OptimizerConfig().offload_problems("cpu", ParallelConfig(cpu_offload=True))
+    (problem,) = offloading.offload_problems("cpu", ParallelConfig())
+    assert problem.startswith("optimizer.state_offload has no effect on a CPU")
+    (problem,) = offloading.offload_problems("cuda", ParallelConfig(cpu_offload=True))
+    assert problem.startswith("optimizer.state_offload has no effect beside parallel.cpu_offload")

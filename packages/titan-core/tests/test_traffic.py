@@ -104,7 +104,8 @@ def test_the_cause_is_who_asks():
         return recorder.flows()
 
     def flow(kind, cause, count, size):
-        return Flow(axis="fsdp", kind=kind, cause=cause, count=count, sent_bytes=size, received_bytes=size)
+        sizes = {"sent_bytes": size, "received_bytes": size}
+        return Flow(axis="fsdp", kind=kind, cause=cause, dtype="float32", count=count, **sizes)
 
     expected = [
         flow("all-gather", "parameters gathered by FSDP", 1, 32),

@@ -197,9 +197,9 @@ def _extended(few: Rehearsal, more: Rehearsal, factor: float) -> Rehearsal:
 
 
 def _extended_flows(few: Iterable[Flow], more: Iterable[Flow], extend: Any) -> Iterable[Flow]:
-    before = {(flow.axis, flow.kind, flow.cause): flow for flow in few}
+    before = {(flow.axis, flow.kind, flow.cause, flow.dtype): flow for flow in few}
     for flow in more:
-        first = before.get((flow.axis, flow.kind, flow.cause))
+        first = before.get((flow.axis, flow.kind, flow.cause, flow.dtype))
         numbers = ("count", "sent_bytes", "received_bytes")
         yield dataclasses.replace(
             flow, **{name: extend(getattr(first, name) if first else 0, getattr(flow, name)) for name in numbers}

@@ -180,7 +180,7 @@ class Trainer:
     def resume(self, checkpointer: Checkpointer, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint of this run, without the parts that are excluded, once."""
         left_out = set(self.config.checkpoint.exclude) - already_excluded(checkpoint)
-        state = {name: part for name, part in self.state.items() if name not in left_out}
+        state: dict[str, Any] = {name: part for name, part in self.state.items() if name not in left_out}
         saved, now = saved_state_dtype(checkpoint), self.config.optimizer.state_dtype
         if saved != now and "optimizer" in state:  # one of the changes that were allowed
             state["optimizer"] = ConvertedState(self.optimizer, self.model, saved=saved, now=now)

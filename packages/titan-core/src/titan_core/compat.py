@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import _utils as dtensor_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "functional_all_reduce",
     "functional_all_to_all",
     "functional_reduce_scatter",
+    "fused_adamw",
     "is_fake",
     "overlap_tensor_parallel",
     "pipeline_schedule_from_actions",
@@ -136,6 +137,47 @@ def fsdp_placement(placement: Shard, axes: Any) -> Any:
     from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
 
     return ShardPlacementResult(placement, axes)
+
+
+def compute_local_shape_and_global_offset(
+    shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Any]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and place of this rank's part of a tensor of `shape`; torch asks tensors for it, which may be fake now."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        return dtensor_utils.compute_local_shape_and_global_offset(shape, mesh, placements)
+
+
+def fused_adamw(
+    tensors: Sequence[Tensor],
+    number: int,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One pass over a parameter, its gradient and its two moments: the step `number`, counted from 1, of AdamW.
+
+    They have one dtype, shape and device. torch.optim's public functions count steps themselves.
+    """
+    parameter, gradient, first, second = tensors
+    torch._fused_adamw_(
+        [parameter],
+        [gradient],
+        [first],
+        [second],
+        [],
+        [torch.full((), float(number), device=parameter.device)],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def overlap_tensor_parallel() -> None:

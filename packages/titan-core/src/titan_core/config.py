@@ -4,7 +4,7 @@ A field whose metadata says `{"part": "how"}` may change without changing the lo
 the experiment.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 HOW = {"part": "how"}
@@ -13,6 +13,7 @@ HOW = {"part": "how"}
 Schedule = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
 ]
+StateDtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,17 @@ class OptimizerConfig:
     as embedding."""
     max_grad_norm: float = 1.0
     """Gradients whose global norm is larger are scaled down to it; 0 switches clipping off."""
+    state_dtype: StateDtype = "float32"
+    """How AdamW keeps its moments between steps. int8 and int4: codes of as many bits, with a scale for each block of a
+    row; vectors and what has fewer than 4,096 elements stay in float32. Muon's momentum may be bfloat16 too."""
+    state_rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How AdamW's moments are rounded to bfloat16. With a beta2 above 0.99, `nearest` loses steps of the second moment,
+    which are smaller than half of its last digit."""
+    parameter_rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How weights that are kept in bfloat16 are rounded after a step. `nearest` loses steps smaller than half of their
+    last digit; `stochastic` keeps them on average."""
+    state_offload: bool = field(default=False, metadata=HOW)
+    """Whether AdamW's moments rest in the host's memory, and visit the GPU during a step."""
     muon: MuonConfig = MuonConfig()
     groups: tuple[ParamGroupConfig, ...] = ()
     """Parameters that are treated differently; the first group that fits a parameter counts."""
@@ -190,13 +202,39 @@ class OptimizerConfig:
         return self.name == "muon" or any(group.optimizer == "muon" for group in self.groups)
 
     def problems(self) -> list[str]:
-        """What is out of range in `muon` and `groups`, or has no effect, each as one sentence; empty if nothing is."""
+        """What is out of range, has no effect or does not combine, each as one sentence; empty if nothing is."""
         problems = self.muon.problems()
         for i, group in enumerate(self.groups):
             problems += group.problems(f"optimizer.groups[{i}]")
         if self.muon != MuonConfig() and not self.uses_muon():
             problems.append("optimizer.muon has no effect with --optimizer.name adamw; use --optimizer.name muon.")
+        if self.state_rounding == "stochastic" and self.state_dtype != "bfloat16":
+            problems.append(
+                f"optimizer.state_rounding stochastic has no effect with --optimizer.state-dtype {self.state_dtype}; "
+                "use bfloat16, or leave it at nearest."
+            )
+        return problems + self._muon_problems() * self.uses_muon()
+
+    def _muon_problems(self) -> list[str]:
+        problems = []
+        if self.state_dtype in ("int8", "int4"):
+            problems.append(
+                f"optimizer.state_dtype {self.state_dtype} is for AdamW's moments, and Muon moves some parameters; use "
+                "bfloat16, or --optimizer.name adamw."
+            )
+        if self.parameter_rounding == "stochastic":
+            problems.append("optimizer.parameter_rounding stochastic is AdamW's; use --optimizer.name adamw.")
+        if self.state_offload:
+            problems.append("optimizer.state_offload is AdamW's; use --optimizer.name adamw.")
         return problems
+
+    def offload_problems(self, device: str, parallel: ParallelConfig) -> list[str]:
+        """Why `state_offload` has no effect on a `device` such as cuda, in one sentence; empty if it has, or is off."""
+        if self.state_offload and device == "cpu":
+            return ["optimizer.state_offload has no effect on a CPU, where all is in the host's memory; leave it out."]
+        if self.state_offload and parallel.cpu_offload:
+            return ["optimizer.state_offload has no effect beside parallel.cpu_offload, which moves more; drop it."]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,10 +117,10 @@ def _traffic(explanation: Explanation, width: int) -> list[str]:
     if not explanation.traffic:
         return []
     flows = sorted(explanation.traffic, key=lambda flow: -(flow.sent_bytes + flow.received_bytes))
-    rows = [("axis", "kind", "count", "sent", "received", "why"), *map(_row, flows)]
+    rows = [("axis", "kind", "of", "count", "sent", "received", "why"), *map(_row, flows)]
     rows.append(_sum(flows))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    table = [("  ".join(_aligned(row, widths)), row[5]) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    table = [("  ".join(_aligned(row, widths)), row[6]) for row in rows]
     if all(len(numbers) + 2 + len(why) <= width for numbers, why in table):
         lines = [f"{numbers}  {why}".rstrip() for numbers, why in table]
     else:
@@ -133,17 +133,17 @@ def _traffic(explanation: Explanation, width: int) -> list[str]:
 
 def _row(flow: Flow) -> tuple[str, ...]:
     numbers = f"{flow.count:,}", human(flow.sent_bytes), human(flow.received_bytes)
-    return (flow.axis, flow.kind, *numbers, flow.cause)
+    return (flow.axis, flow.kind, flow.dtype, *numbers, flow.cause)
 
 
 def _sum(flows: Iterable[Flow]) -> tuple[str, ...]:
     sums = [sum(numbers) for numbers in zip(*((f.count, f.sent_bytes, f.received_bytes) for f in flows), strict=True)]
-    return ("all", "", f"{sums[0]:,}", human(sums[1]), human(sums[2]), "")
+    return ("all", "", "", f"{sums[0]:,}", human(sums[1]), human(sums[2]), "")
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    left = [row[i].ljust(widths[i]) for i in range(2)]
-    return left + [row[i].rjust(widths[i]) for i in range(2, 5)]
+    left = [row[i].ljust(widths[i]) for i in range(3)]
+    return left + [row[i].rjust(widths[i]) for i in range(3, 6)]
 
 
 def human(size: float) -> str:

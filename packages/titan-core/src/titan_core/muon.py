@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from titan_core.config import MuonConfig
+from titan_core.config import MuonConfig, StateDtype
 from titan_core.shards import local
 from titan_core.whole_matrices import WholeMatrices, own_stack
 
@@ -29,9 +29,15 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], config: MuonConfig, *, others: Optimizer | None = None
+        self,
+        groups: Sequence[dict[str, Any]],
+        config: MuonConfig,
+        *,
+        others: Optimizer | None = None,
+        state_dtype: StateDtype = "float32",
     ) -> None:
-        self._config, self._others = config, others
+        """`state_dtype`: how momentum is kept (see `momentum_dtype`)."""
+        self._config, self._others, self._state_dtype = config, others, state_dtype
         matrices = [{**group, "orthogonal": True} for group in groups]
         super().__init__([*matrices, *(others.param_groups if others else [])], defaults={})
         dtype: torch.dtype = getattr(torch, config.ns_dtype)
@@ -69,9 +75,14 @@ class Muon(Optimizer):
                 continue
             state = self.state[parameter]
             if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            momenta.append(local(state["momentum"]))
-            gradients.append(local(parameter.grad))
+                state["momentum"] = torch.zeros_like(parameter, dtype=momentum_dtype(parameter, self._state_dtype))
+            momentum, gradient = local(state["momentum"]), local(parameter.grad)
+            if momentum.dtype == gradient.dtype:
+                momenta.append(momentum)
+                gradients.append(gradient)
+            else:
+                wide = torch.promote_types(momentum.dtype, gradient.dtype)
+                momentum.copy_(momentum.to(wide).lerp_(gradient.to(wide), 1 - self._config.momentum))
         if momenta:
             torch._foreach_lerp_(momenta, gradients, 1 - self._config.momentum)
 
@@ -82,7 +93,9 @@ class Muon(Optimizer):
         momentum = own_stack(self.state[parameter]["momentum"])[part]
         if not self._config.nesterov:
             return momentum
-        return own_stack(parameter.grad)[part].lerp(momentum, self._config.momentum)
+        gradient = own_stack(parameter.grad)[part]
+        wide = torch.promote_types(momentum.dtype, gradient.dtype)
+        return gradient.to(wide).lerp(momentum.to(wide), self._config.momentum)
 
     def _move(self, parameter: Tensor, group: dict[str, Any], part: slice, orthogonal: Tensor) -> None:
         if parameter.grad is None:
@@ -92,6 +105,11 @@ class Muon(Optimizer):
         matrices = own_stack(parameter)[part]
         matrices.mul_(1 - group["lr"] * group["weight_decay"])
         matrices.add_(orthogonal.to(matrices), alpha=-group["lr"] * scale)
+
+
+def momentum_dtype(parameter: Tensor, state_dtype: StateDtype) -> torch.dtype:
+    """That of the momentum of `parameter`: bfloat16 if that is asked for, else at least float32."""
+    return torch.bfloat16 if state_dtype == "bfloat16" else torch.promote_types(parameter.dtype, torch.float32)
 
 
 def orthogonalise(matrices: Tensor, steps: int) -> Tensor:

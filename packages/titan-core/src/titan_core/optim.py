@@ -5,27 +5,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
+from titan_core.adamw import AdamW
 from titan_core.config import OptimizerConfig
+from titan_core.moments import wide_dtype
 from titan_core.muon import Muon
 from titan_core.param_groups import group_parameters
 
 
-def build_optimizer(model: nn.Module, roles: Mapping[str, str], config: OptimizerConfig) -> Optimizer:
-    """AdamW (arXiv 1711.05101, algorithm 2), fused where possible, or Muon for the matrices and AdamW for the rest.
+class OptimizerError(ValueError):
+    """An optimizer's setting cannot take effect on the model; the message names it."""
 
-    `roles` as `resolve_roles` returns them for the whole model, of which `model` may be a pipeline's part. All ranks
-    that share parameters must call it together: Muon may make process groups.
+
+def build_optimizer(model: nn.Module, roles: Mapping[str, str], config: OptimizerConfig, *, seed: int = 0) -> Optimizer:
+    """AdamW (arXiv 1711.05101, algorithm 2), torch's where it can keep the moments as asked, or Muon and AdamW.
+
+    `roles` as `resolve_roles` returns them for the whole model, of which `model` may be a pipeline's part; `seed`: what
+    stochastic rounding draws from. All ranks that share parameters must call it together: Muon may make process groups.
 
     Raises:
+        OptimizerError: if there is nothing to be rounded stochastically.
         ParamGroupError: if a group of `config` does not fit the model.
     """
+    names = {parameter: fqn for fqn, parameter in model.named_parameters()}
+    if config.parameter_rounding == "stochastic" and all(p.dtype != torch.bfloat16 for p in names):
+        found = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in names}))
+        raise OptimizerError(
+            f"optimizer.parameter_rounding stochastic is for weights that are kept in bfloat16, and these are {found}; "
+            "keep them in bfloat16 (--precision.master-dtype bfloat16), or leave it at nearest."
+        )
     groups: dict[str, list[dict[str, Any]]] = {"adamw": [], "muon": []}
     for treatment, parameters in group_parameters(model, roles, config).items():
         groups[treatment.optimizer].append(
             {
-                "params": parameters,
+                "params": [(names[parameter], parameter) for parameter in parameters],
                 "lr": config.lr * treatment.lr_factor,
                 "lr_factor": treatment.lr_factor,
                 "weight_decay": treatment.weight_decay,
@@ -33,13 +47,17 @@ def build_optimizer(model: nn.Module, roles: Mapping[str, str], config: Optimize
         )
     adamw, muon = groups["adamw"], groups["muon"]
     if not muon:
-        return _adamw(adamw, config)
-    return Muon(muon, config.muon, others=_adamw(adamw, config) if adamw else None)
+        return _adamw(adamw, config, seed)
+    others = _adamw(adamw, config, seed) if adamw else None
+    return Muon(muon, config.muon, others=others, state_dtype=config.state_dtype)
 
 
-def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    return AdamW(
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig, seed: int) -> Optimizer:
+    parameters = [parameter for group in groups for _, parameter in group["params"]]
+    wide = all(wide_dtype(parameter) == parameter.dtype for parameter in parameters)
+    if config.state_dtype != "float32" or config.state_offload or not wide:
+        return AdamW(groups, config, seed=seed, on_host=config.state_offload)
+    return torch.optim.AdamW(
         groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -84,7 +102,9 @@ class OptimizerState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<FQN>.<state name>` -> tensor; creates the state of an optimizer that has not stepped yet."""
-        if not self._optimizer.state:
+        if isinstance(self._optimizer, AdamW):
+            self._optimizer.create_state()
+        elif not self._optimizer.state:
             _create_state(self._optimizer)
         return {f"{fqn}.{name}": tensor for fqn, name, tensor in self._entries()}
 

@@ -12,6 +12,7 @@ from titan_core.mesh import Meshes
 from titan_core.remat import apply_remat
 from titan_core.routers import Routers
 from titan_core.single import SingleDevice
+from titan_core.tensor_styles import AS_USUAL, TensorStyles
 
 
 def parallelize(
@@ -27,13 +28,15 @@ def parallelize(
     compiling: CompileConfig = CompileConfig(),
     costs: Mapping[str, float] | None = None,
     costly: Sequence[str] = (),
+    styles: TensorStyles = AS_USUAL,
 ) -> Layout:
     """Lays out `model`, whose parameters may still be meta tensors; `roles` as `resolve_roles` returns them.
 
     Without meshes the model stays on one device. Parameters keep their dtype: it is what the optimizer works on;
     `param_dtype` is what forward and backward compute with, `reduce_dtype` what gradients are reduced in.
     `micro_batch_size` is in rows. `costs` (FQN -> any unit) balance the stages of a pipeline.
-    `costly`: the model's own operators whose results selective recomputation keeps.
+    `costly`: the model's own operators whose results selective recomputation keeps. `styles`: what a rewrite of the
+    model changes in tensor parallelism.
     """
     if meshes is None:
         recompute_and_compile(model, roles, remat, compiling, costly)
@@ -55,7 +58,7 @@ def parallelize(
         model, parts = stages.model, stages.parts.values()
         roles = _present(model, roles)
 
-    apply_tensor_parallel(model, roles, meshes, config)
+    apply_tensor_parallel(model, roles, meshes, config, styles)
     apply_context_parallel(model, roles, meshes, config)
     apply_expert_parallel(model, roles, meshes)
     recompute_and_compile(model, roles, remat, compiling, costly)

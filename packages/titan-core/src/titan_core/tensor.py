@@ -27,11 +27,18 @@ from titan_core.mesh import Meshes
 from titan_core.roles import ROLES
 from titan_core.shards import owned
 from titan_core.surgery import local_parameter, specialise
+from titan_core.tensor_styles import AS_USUAL, TensorStyles
 
 _SEQUENCE = 1  # the dimension of S in [B, S, D]
 
 
-def apply_tensor_parallel(model: nn.Module, roles: Mapping[str, str], meshes: Meshes, config: ParallelConfig) -> None:
+def apply_tensor_parallel(
+    model: nn.Module,
+    roles: Mapping[str, str],
+    meshes: Meshes,
+    config: ParallelConfig,
+    styles: TensorStyles = AS_USUAL,
+) -> None:
     """Cuts the weight matrices of `model`, which may still be on the meta device, over the tp ranks.
 
     Raises:
@@ -41,7 +48,7 @@ def apply_tensor_parallel(model: nn.Module, roles: Mapping[str, str], meshes: Me
         return
     if config.async_tp:
         enable_async_tensor_parallel(meshes.degrees.tp)
-    TensorParallel(meshes.dense["tp"], sequence_parallel=config.sequence_parallel).apply(model, roles)
+    TensorParallel(meshes.dense["tp"], sequence_parallel=config.sequence_parallel, styles=styles).apply(model, roles)
 
 
 class AsyncTensorParallelError(RuntimeError):
@@ -51,8 +58,9 @@ class AsyncTensorParallelError(RuntimeError):
 class TensorParallel:
     """Lays out modules of a model, whose parameters may still be meta tensors, over the 1-D mesh `tp`."""
 
-    def __init__(self, tp: DeviceMesh, *, sequence_parallel: bool) -> None:
+    def __init__(self, tp: DeviceMesh, *, sequence_parallel: bool, styles: TensorStyles = AS_USUAL) -> None:
         self._mesh = tp
+        self._styles = styles
         self._group: ProcessGroup = tp.get_group()
         self._key = (self._group, sequence_parallel)
         self._made: dict[nn.Parameter, nn.Parameter] = {}
@@ -81,7 +89,7 @@ class TensorParallel:
         for fqn, role in roles.items():
             style = ROLES[role].tensor
             if style is not None:
-                styles[style](model.get_submodule(fqn))
+                styles[style](model.get_submodule(fqn), fqn)
 
     def _cut(self, module: nn.Module, **placements: Placement) -> None:
         """Spreads the module's parameters over the mesh, replicated where no placement is given."""
@@ -95,8 +103,10 @@ class TensorParallel:
     def _specialise(self, module: nn.Module, style: str, members: Callable[[type[nn.Module]], dict[str, Any]]) -> None:
         specialise(module, (style, *self._key), members)
 
-    def _region(self, module: nn.Module) -> None:
-        enter = self._enter
+    def _region(self, module: nn.Module, fqn: str) -> None:
+        enter, gather = self._enter, self._styles.gather
+        if gather is not None and self._sequence_parallel and fqn in self._styles.entered:
+            enter = partial(gather, dim=_SEQUENCE, group=self._group)
 
         def members(base: type[nn.Module]) -> dict[str, Any]:
             def forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -104,17 +114,32 @@ class TensorParallel:
 
             return {"forward": forward}
 
-        self._specialise(module, "region", members)
+        self._specialise(module, "region" if enter is self._enter else "region, otherwise", members)
 
-    def _column(self, module: nn.Module) -> None:
-        self._cut(module, weight=Shard(0), bias=Shard(0))
-        self._specialise(
-            module, "column", lambda base: {"weight": local_parameter("weight"), "bias": local_parameter("bias")}
-        )
+    def _column(self, module: nn.Module, fqn: str) -> None:
+        added = self._added(module, "colwise")
+        self._cut(module, weight=Shard(0), bias=Shard(0), **self._placements(added))
+        own = {"weight": local_parameter("weight"), "bias": local_parameter("bias")}
+        self._specialise(module, f"column {sorted(added)}", lambda base: own | self._added_members(added))
 
-    def _row(self, module: nn.Module) -> None:
-        self._cut(module, weight=Shard(1))
-        leave = self._leave
+    def _added(self, module: nn.Module, role: str) -> Mapping[str, int | None]:
+        """Parameters that a rewrite gave the layer, and the dimension along which each is cut."""
+        known = self._styles.added.get(role, {})
+        return {name: dim for name, dim in known.items() if module._parameters.get(name) is not None}
+
+    def _placements(self, added: Mapping[str, int | None]) -> dict[str, Placement]:
+        return {name: Shard(dim) for name, dim in added.items() if dim is not None}
+
+    def _added_members(self, added: Mapping[str, int | None]) -> dict[str, Any]:
+        # One that every rank has whole meets another part of the inner dimension on each, so its gradients add up.
+        return {name: local_parameter(name, self._shared if dim is None else None) for name, dim in added.items()}
+
+    def _row(self, module: nn.Module, fqn: str) -> None:
+        added = self._added(module, "rowwise")
+        self._cut(module, weight=Shard(1), **self._placements(added))
+        leave, scatter = self._leave, self._styles.scatter_sum
+        if scatter is not None and self._sequence_parallel and fqn in self._styles.left:
+            leave = partial(scatter, dim=_SEQUENCE, group=self._group)
         # With the sequence whole on every rank each adds the bias to the same tokens, and has its whole gradient.
         whole_bias = local_parameter("bias", self._shared if self._sequence_parallel else None)
 
@@ -127,14 +152,16 @@ class TensorParallel:
             # The layer itself must not add the bias: it would be summed once a rank.
             hidden_bias = local_parameter("bias", lambda bias: None)
             weight = local_parameter("weight")
-            return {"forward": forward, "weight": weight, "bias": hidden_bias, "whole_bias": whole_bias}
+            own = {"forward": forward, "weight": weight, "bias": hidden_bias, "whole_bias": whole_bias}
+            return own | self._added_members(added)
 
-        self._specialise(module, "row", members)
+        otherwise = "" if leave is self._leave else ", otherwise"
+        self._specialise(module, f"row {sorted(added)}{otherwise}", members)
 
-    def _sequence(self, module: nn.Module) -> None:
+    def _sequence(self, module: nn.Module, fqn: str) -> None:
         self._whole(module, "sequence", self._shared if self._sequence_parallel else None)
 
-    def _heads(self, module: nn.Module) -> None:
+    def _heads(self, module: nn.Module, fqn: str) -> None:
         self._whole(module, "heads", self._shared)
 
     def _whole(self, module: nn.Module, style: str, through: Callable[[Tensor], Tensor] | None) -> None:
@@ -142,7 +169,7 @@ class TensorParallel:
         names = tuple(module._parameters)
         self._specialise(module, style, lambda base: {name: local_parameter(name, through) for name in names})
 
-    def _vocabulary(self, module: Any) -> None:
+    def _vocabulary(self, module: Any, fqn: str) -> None:
         self._cut(module, weight=Shard(0))
         leave = self._leave
 
@@ -158,7 +185,7 @@ class TensorParallel:
         module.first_row = owned(module.weight)[0].start
         self._specialise(module, "vocabulary", members)
 
-    def _loss(self, module: Any) -> None:
+    def _loss(self, module: Any, fqn: str) -> None:
         self._cut(module, weight=Shard(0))
         enter, group = self._enter, self._group
 

@@ -35,6 +35,9 @@ class Flow:
     """`all-gather`, `reduce-scatter`, `all-reduce`, `all-to-all`, `send` or `receive`."""
     cause: str
     """The technique that asks for it."""
+    dtype: str
+    """What is sent, by torch's name of the dtype; uint8 are bytes of another: codes of float8, and what FSDP packs with
+    them."""
     count: int
     """How often it runs."""
     sent_bytes: int
@@ -49,13 +52,13 @@ class TrafficRecorder(TorchDispatchMode):
     def __init__(self, meshes: Meshes | None) -> None:
         super().__init__()
         self._axes = {} if meshes is None else _axes(meshes)
-        self._sums: dict[tuple[str, str, str], list[int]] = {}
+        self._sums: dict[tuple[str, str, str, str], list[int]] = {}
 
     def flows(self) -> list[Flow]:
         """What was recorded so far."""
         return [
-            Flow(axis=axis, kind=kind, cause=cause, count=count, sent_bytes=sent, received_bytes=received)
-            for (axis, kind, cause), (count, sent, received) in sorted(self._sums.items())
+            Flow(axis=axis, kind=kind, cause=cause, dtype=dtype, count=count, sent_bytes=sent, received_bytes=received)
+            for (axis, kind, cause, dtype), (count, sent, received) in sorted(self._sums.items())
         ]
 
     def __torch_dispatch__(
@@ -84,7 +87,7 @@ class TrafficRecorder(TorchDispatchMode):
         asking = _asking()
         axis = _axis(self._axes.get(group.group_name, []), asking, kind) or _name(group)
         cause = _ASKING.get(asking) or _ALONG.get((axis, kind)) or _AXES.get(axis) or "other"
-        sums = self._sums.setdefault((axis, kind, cause), [0, 0, 0])
+        sums = self._sums.setdefault((axis, kind, cause, _dtype(args)), [0, 0, 0])
         for i, number in enumerate((1, *measure(args, group))):
             sums[i] += number
 
@@ -111,6 +114,14 @@ def _axis(names: Sequence[str], asking: str, kind: str) -> str:
 
 def _name(group: ProcessGroup) -> str:
     return "world" if group.size() == torch.distributed.get_world_size() else f"{group.size()} ranks"
+
+
+def _dtype(args: tuple[Any, ...]) -> str:
+    """What a collective sends; all tensors of one have one dtype."""
+    first = args[0]
+    while not isinstance(first, Tensor):
+        first = first[0]
+    return str(first.dtype).removeprefix("torch.")
 
 
 Measured = tuple[int, int]

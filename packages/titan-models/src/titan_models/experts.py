@@ -26,40 +26,37 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim))
         self.grouped_mm = grouped_mm
-        # The kernels of torch 2.13 take groups of any size; a low-precision recipe may need multiples.
-        self.group_alignment = 1
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """`x` [T, D] sorted by expert, the first `counts[0]` rows for the first expert and so on -> [T, D].
 
-        `counts` [E] int64 sum to T; each may be 0, and must be a multiple of `group_alignment`.
+        `counts` [E] int64 sum to T; each may be 0.
 
         Raises:
             ValueError: if `grouped_mm` is "grouped" and torch's grouped product does not take these weights.
         """
-        w1, w3, w2 = self.w1, self.w3, self.w2
-        if self._grouped(w1):
-            ends = counts.cumsum(0).to(torch.int32)
-            hidden = F.silu(_grouped(x, w1, ends)) * _grouped(x, w3, ends)
-            return _grouped(hidden, w2, ends)
-        hidden = F.silu(expert_products(x, w1, counts)) * expert_products(x, w3, counts)
-        return expert_products(hidden, w2, counts)
+        hidden = F.silu(self.grouped_product(x, self.w1, counts)) * self.grouped_product(x, self.w3, counts)
+        return self.grouped_product(hidden, self.w2, counts)
 
-    def _grouped(self, w1: Tensor) -> bool:
-        aligned = all(size * w1.dtype.itemsize % 16 == 0 for size in w1.shape[1:])
-        if self.grouped_mm == "grouped" and (w1.dtype == torch.float64 or not aligned):
+    def grouped_product(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """Multiplies each expert's rows of `x` [T, K] with its `weight` [E, N, K] -> [T, N]; may be replaced."""
+        if self._grouped(weight):
+            return F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
+        return expert_products(x, weight, counts)
+
+    def _grouped(self, weight: Tensor) -> bool:
+        aligned = all(size * weight.dtype.itemsize % 16 == 0 for size in weight.shape[1:])
+        if self.grouped_mm == "grouped" and (weight.dtype == torch.float64 or not aligned):
             raise ValueError(
-                f"model.moe.grouped_mm is 'grouped', but the weights of an expert are {tuple(w1.shape[1:])} numbers of "
-                f"{w1.dtype}: torch's grouped product takes no float64 and only widths that are multiples of 16 bytes. "
-                "Use 'auto' or 'loop'."
+                f"model.moe.grouped_mm is 'grouped', but the weights of an expert are {tuple(weight.shape[1:])} "
+                f"numbers of {weight.dtype}: torch's grouped product takes no float64 and only widths that are "
+                "multiples of 16 bytes. Use 'auto' or 'loop'."
             )
         # Only for bfloat16 has torch 2.13 a kernel on GPUs, and shapes for compilers. On a CPU the two ways are equally
         # fast.
-        return self.grouped_mm == "grouped" or (self.grouped_mm == "auto" and w1.dtype == torch.bfloat16 and aligned)
-
-
-def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+        return self.grouped_mm == "grouped" or (
+            self.grouped_mm == "auto" and weight.dtype == torch.bfloat16 and aligned
+        )
 
 
 @torch.library.custom_op("titan_models::expert_products", mutates_args=())

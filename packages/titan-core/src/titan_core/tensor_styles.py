@@ -1,0 +1,31 @@
+"""The door for rewrites of a model, low precision or LoRA say, into tensor parallelism: what they do otherwise."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+Collective: TypeAlias = Callable[[Tensor, int, ProcessGroup], Tensor]
+"""collective(x, dim, group): differentiable, like those of `titan_core.collectives`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorStyles:
+    """Nothing else than usual by default."""
+
+    entered: Collection[str] = ()
+    """FQNs of regions whose input `gather` collects, if the sequence is cut between regions."""
+    left: Collection[str] = ()
+    """FQNs of row-cut layers whose output `scatter_sum` sums, if the sequence is cut between regions."""
+    gather: Collective | None = None
+    """Instead of `titan_core.collectives.gather`."""
+    scatter_sum: Collective | None = None
+    """Instead of `titan_core.collectives.scatter_sum`."""
+    added: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
+    """Role (`colwise` or `rowwise`) -> name of a parameter that such layers got -> the dimension that is cut; None:
+    every rank has it whole and applies it to its own part of the inner dimension."""
+
+
+AS_USUAL = TensorStyles()
