@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from titan_quant.config import MixedPrecision, QuantConfig
+from titan_quant.config import LoRAConfig, MixedPrecision, QuantConfig
 from titan_quant.policy import torch_dtype
 
 NAMES = ("bfloat16", "float32", "float64")
@@ -68,7 +68,46 @@ def test_an_unknown_recipe_is_a_problem_and_a_registered_one_is_not():
     assert "did you mean 'mxfp8'?" in problem
 
 
-@pytest.mark.parametrize("module", ["config", "recipes"])
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (QuantConfig(recipe="mxfp8", scale_rounding="up"), "one of floor, rceil, ceil, even"),
+        (
+            QuantConfig(recipe="mxfp8", scale_rounding="even"),
+            "no kernel for GPUs; use rceil or floor, or quant.emulate",
+        ),
+        (QuantConfig(recipe="float8_rowwise", scale_rounding="floor"), "for the recipe mxfp8, not for float8_rowwise"),
+        (QuantConfig(recipe="nvfp4", experts=True), "use one of float8_rowwise, mxfp8"),
+        (QuantConfig(recipe="float8_rowwise", float8_gather=True), "use float8_tensorwise, or leave it out"),
+        (QuantConfig(include=("lm_head",)), "quant.include has no effect without a quant.recipe"),
+        (LoRAConfig(rank=-2), "lora.rank is -2"),
+        (LoRAConfig(rank=2, alpha=0.0), "lora.alpha is 0.0"),
+        (LoRAConfig(exclude=("lm_head",)), "lora.exclude has no effect without a lora.rank"),
+    ],
+)
+def test_what_cannot_take_effect_is_a_problem(config, told):
+    (problem,) = config.problems()
+    assert told in problem
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantConfig(recipe="mxfp8", scale_rounding="even", emulate=True, experts=True, include=("lm_head",)),
+        QuantConfig(recipe="float8_tensorwise", float8_gather=True),
+        LoRAConfig(),
+        LoRAConfig(rank=8, alpha=1.0, include=("*.gate",)),
+    ],
+)
+def test_what_can_is_none(config):
+    assert config.problems() == []
+
+
+def test_adapters_are_scaled_by_alpha_over_rank():
+    assert LoRAConfig(rank=8, alpha=4.0).scale == 0.5
+
+
+@pytest.mark.parametrize("module", ["config", "recipes", "flops"])
 def test_importing_costs_no_torch(module):
     code = f"import sys, titan_quant.{module}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,12 +1,8 @@
-from dataclasses import replace
-
 import pytest
 
+from titan_quant.formats import FORMATS
 from titan_quant.policy import torch_dtype
-from titan_quant.recipes import RECIPES, RecipeError, resolve_recipe
-
-LATER = {name: replace(recipe, available=True) for name, recipe in RECIPES.items()}
-"""The registry as it will be when every recipe is built."""
+from titan_quant.recipes import OPERANDS, RECIPES, RecipeError, resolve_recipe
 
 
 @pytest.mark.parametrize(("capability", "device"), [(None, "cpu"), ((7, 0), "cuda"), ((10, 0), "cuda")])
@@ -25,22 +21,6 @@ def test_a_misspelt_name_says_which_was_meant():
         resolve_recipe("float8_rowwse", None, "cpu")
 
 
-@pytest.mark.parametrize("name", RECIPES.keys() - {"none"})
-def test_a_recipe_that_is_not_built_says_so_even_on_the_right_hardware(name):
-    with pytest.raises(
-        RecipeError, match=r"not built in this version.*nearest one that runs here is 'none'"
-    ) as refusal:
-        resolve_recipe(name, RECIPES[name].capability, "cuda")
-    assert "it needs" not in str(refusal.value)
-
-
-def test_a_refusal_names_all_that_is_missing():
-    with pytest.raises(RecipeError) as refusal:
-        resolve_recipe("mxfp8", None, "cpu")
-    assert "not built in this version" in str(refusal.value)
-    assert "capability 10.0 to 10.x, and this is a cpu device." in str(refusal.value)
-
-
 @pytest.mark.parametrize(
     ("name", "capability", "nearest"),
     [
@@ -53,9 +33,11 @@ def test_a_refusal_names_all_that_is_missing():
     ],
 )
 def test_lacking_hardware_names_what_is_needed_and_what_would_run(name, capability, nearest):
+    device = "cuda" if capability else "cpu"
     with pytest.raises(RecipeError, match="needs an NVIDIA GPU of compute capability") as refusal:
-        resolve_recipe(name, capability, "cuda", LATER)
-    assert str(refusal.value).endswith(f"The nearest one that runs here is {nearest!r}.")
+        resolve_recipe(name, capability, device)
+    assert f"this is a {device} device" in str(refusal.value)
+    assert f"The nearest one that runs here is {nearest!r}; with quant.emulate" in str(refusal.value)
     assert "{}.{}".format(*RECIPES[name].capability) in str(refusal.value)
 
 
@@ -64,18 +46,46 @@ def test_lacking_hardware_names_what_is_needed_and_what_would_run(name, capabili
     [("float8_tensorwise", (8, 9)), ("float8_rowwise", (12, 0)), ("mxfp8", (10, 0)), ("nvfp4", (10, 3))],
 )
 def test_hardware_that_will_do_is_accepted(name, capability):
-    assert resolve_recipe(name, capability, "cuda", LATER) is LATER[name]
+    assert resolve_recipe(name, capability, "cuda") is RECIPES[name]
 
 
-def test_an_emulated_recipe_runs_on_anything():
-    recipes = {**LATER, "mxfp8": replace(LATER["mxfp8"], emulated=True)}
-    assert resolve_recipe("mxfp8", None, "cpu", recipes).emulated
-    with pytest.raises(RecipeError, match="nearest one that runs here is 'mxfp8'"):
-        resolve_recipe("nvfp4", None, "cpu", recipes)
+@pytest.mark.parametrize("name", RECIPES)
+def test_emulated_every_recipe_runs_anywhere(name):
+    assert resolve_recipe(name, None, "cpu", emulate=True) is RECIPES[name]
+    assert resolve_recipe(name, (7, 0), "cuda", emulate=True) is RECIPES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "spans"),
+    [
+        ("none", ["none"] * 3),
+        ("float8_tensorwise", ["the micro-batch"] * 3),
+        ("float8_rowwise", ["none", "none", "the micro-batch"]),
+        ("float8_rowwise_with_gw_hp", ["none"] * 3),
+        ("mxfp8", ["none", "none", "32 tokens"]),
+        ("nvfp4", ["the micro-batch"] * 3),
+    ],
+)
+def test_it_is_known_which_scales_span_tokens(name, spans):
+    assert list(RECIPES[name].token_scales().values()) == spans
+
+
+def test_the_way_to_round_scales_reaches_every_cast():
+    recipe = RECIPES["mxfp8"].with_rounding("even")
+    assert {cast.rounding for product in OPERANDS for cast in recipe.casts(product)} == {"even"}
+    assert RECIPES["none"].with_rounding("even") == RECIPES["none"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 def test_the_facts_hang_together(recipe):
-    for name in filter(None, (recipe.forward_format, recipe.gradient_format)):
-        assert torch_dtype(name).itemsize == 1  # two values of four bits share a byte
     assert recipe.simpler in RECIPES
+    for product in OPERANDS:
+        for cast in recipe.casts(product) or ():
+            assert torch_dtype(cast.format).itemsize == 1  # two values of four bits share a byte
+            assert cast.format in FORMATS
+            assert (cast.block > 0) == (cast.scope == "block")
+            assert cast.block == 0 or recipe.multiple % cast.block == 0
+    if recipe.gathers_weights:
+        # One rounding of the weight, for both products that need it.
+        assert recipe.output[1] == recipe.grad_input[1]
+        assert recipe.output[1].scope == "tensor"
