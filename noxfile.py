@@ -25,7 +25,7 @@ FOLDERS = {name: ROOT / "packages" / name for name in PACKAGES} | {
 NEEDS = {"titan-train": PACKAGES, "titan-convert": ("titan-ckpt", "titan-models")}
 
 # What has code of its own for a GPU; the others are the same on any device.
-WITH_GPU_TESTS = ("titan-core", "titan-models", "titan-metrics", "titan-train")
+WITH_GPU_TESTS = ("titan-core", "titan-models", "titan-quant", "titan-metrics", "titan-train")
 SPELLED = ("README.md", "CONTRIBUTING.md", "noxfile.py", "packages", "apps", "tests", "benchmarks", "scripts")
 
 nox.options.default_venv_backend = "uv"

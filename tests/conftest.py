@@ -14,6 +14,7 @@ from s3 import s3_server  # noqa: F401  (a fixture)
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     os.environ["TITAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.pop("COLUMNS", None)  # tests that run side by side are told of a narrow terminal
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def test_the_heaviest_of_the_pipelines_ranks_is_shown():
 def test_the_heaviest_rank_has_most_in_total():
     memory = {0: MemoryUse(parameters=5), 4: MemoryUse(activations=9), 8: MemoryUse(parameters=6, other=1)}
     host = {0: MemoryUse(parameters=50), 4: MemoryUse(), 8: MemoryUse()}
-    assert DryRun(world_size=12, memory=memory, host_memory=host, seconds=0.0).heaviest == 4
+    assert DryRun(world_size=12, memory=memory, host_memory=host, traffic={}, seconds=0.0).heaviest == 4
 
 
 def test_the_hosts_memory_is_shown_apart():

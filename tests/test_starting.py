@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 def weights_of(config, origin):
     """The whole parameters of a laid-out model after it was filled."""
     with environment(config) as env:
-        layout_of_run, _ = lay_out(config, env)
+        layout_of_run = lay_out(config, env).layout
         materialize(layout_of_run.model, env.device)
         load_weights(layout_of_run.model, origin)
         named = layout_of_run.model.named_parameters()

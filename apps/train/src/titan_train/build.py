@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from titan_core.clip import clip_gradients
+from titan_core.init import init_parameters, materialize
 from titan_core.layout import Layout
 from titan_core.optim import set_lr
 from titan_core.parallelize import parallelize
@@ -15,23 +16,71 @@ from titan_core.param_groups import check_groups
 from titan_core.roles import resolve_roles
 from titan_core.schedule import lr_factor
 from titan_models.facts import flops_per_token
+from titan_quant.float8_gather import Float8Gather
 from titan_quant.policy import resolve_dtypes
+from titan_quant.tensor_parallel import share_scales
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
+from titan_train.rewrites import Rewrites, rewrite
 from titan_train.rows import share_rows
 
 
-def lay_out(config: TrainConfig, env: Environment) -> tuple[Layout, dict[str, str]]:
-    """Builds the model on the meta device and lays it out on the ranks; returns it with the roles of its modules.
+class LaidOut:
+    """A model on its ranks, and what a step of the optimizer does with it."""
+
+    def __init__(self, layout: Layout, roles: Mapping[str, str], rewrites: Rewrites, config: TrainConfig) -> None:
+        self.layout, self.roles, self.rewrites, self._config = layout, roles, rewrites, config
+        self._float8_gather: Float8Gather | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """What this rank holds of it."""
+        return self.layout.model
+
+    def give_memory(self, device: torch.device, *, parameters: torch.device | None = None) -> None:
+        """Allocates parameters and buffers, which hold anything then; `parameters` may be elsewhere than the rest."""
+        materialize(self.model, device, parameters=parameters)
+        if self._config.quant.float8_gather:
+            self._float8_gather = Float8Gather(self.model)
+
+    def init(self) -> None:
+        """Draws the initial weights, the same on every layout."""
+        rules = {**self.rewrites.adapters.init, **self._config.model.init_rules()}
+        init_parameters(self.model, rules, self._config.training.seed)
+
+    def weights_changed(self) -> None:
+        """Has to be called after weights were read or moved."""
+        if self._float8_gather is not None:
+            self._float8_gather.precompute_scales()
+
+    def update(self, optimizer: Optimizer, number: int, stages: ProcessGroup | None) -> tuple[Tensor, float]:
+        """Clips the gradients of step `number`, counted from 1, and moves the parameters by them.
+
+        Returns the gradients' norm before clipping, and the learning rate. `stages`: the ranks with the other stages
+        of this rank's pipeline.
+        """
+        norm = clip_gradients(self.model.parameters(), self._config.optimizer.max_grad_norm, stages)
+        lr = self._config.optimizer.lr * lr_factor(self._config.schedule, number)
+        set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.layout.routers.finish_step()
+        self.weights_changed()
+        return norm, lr
+
+
+def lay_out(config: TrainConfig, env: Environment) -> LaidOut:
+    """Builds the model on the meta device, rewrites it as the configuration says, and lays it out on the ranks.
 
     Raises:
-        ValueError: if the model's own names do not fit the configuration: blocks, operators, parameter groups,
-        backends.
+        ValueError: if the model's own names do not fit the configuration: blocks, operators, parameter groups, layers
+        to quantize, backends.
     """
     dtypes = resolve_dtypes(config.precision)
     with torch.device("meta"):
         model = config.model.build().to(dtypes.master)
     roles = resolve_roles(model, config.model.roles())
+    rewrites = rewrite(model, config, roles)
     check_groups(model, roles, config.optimizer.groups)
     layout = parallelize(
         model,
@@ -45,8 +94,11 @@ def lay_out(config: TrainConfig, env: Environment) -> tuple[Layout, dict[str, st
         compiling=config.compile,
         costs=flops_per_token(config.model, config.training.seq_len),
         costly=config.model.costly_operators(),
+        styles=rewrites.styles(roles),
     )
-    return layout, roles
+    if env.meshes is not None and env.degrees.tp > 1:
+        share_scales(layout.model, roles, env.meshes.group("tp"))
+    return LaidOut(layout, roles, rewrites, config)
 
 
 def model_inputs(config: TrainConfig, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -57,20 +109,3 @@ def model_inputs(config: TrainConfig, batch: Mapping[str, Tensor], device: torch
 def input_names(config: TrainConfig) -> list[str]:
     """What the model reads of a batch, besides the weights of its rows: int64 tensors [rows, S]."""
     return ["tokens", "positions", "labels"] + ["document_ids"] * config.data.confine_attention
-
-
-def update(
-    layout: Layout, optimizer: Optimizer, config: TrainConfig, number: int, stages: ProcessGroup | None
-) -> tuple[Tensor, float]:
-    """Clips the gradients of step `number`, counted from 1, and moves the parameters by them.
-
-    Returns the gradients' norm before clipping, and the learning rate. `stages`: the ranks with the other stages of
-    this rank's pipeline.
-    """
-    norm = clip_gradients(layout.model.parameters(), config.optimizer.max_grad_norm, stages)
-    lr = config.optimizer.lr * lr_factor(config.schedule, number)
-    set_lr(optimizer, lr)
-    optimizer.step()
-    optimizer.zero_grad()
-    layout.routers.finish_step()
-    return norm, lr

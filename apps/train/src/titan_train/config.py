@@ -17,7 +17,7 @@ from titan_data.stream_config import StreamConfig
 from titan_data.validation_config import ValidationConfig
 from titan_metrics.config import MetricsConfig
 from titan_models.config import DecoderConfig
-from titan_quant.config import MixedPrecision, QuantConfig
+from titan_quant.config import LoRAConfig, MixedPrecision, QuantConfig
 
 HOW = {"part": "how"}
 WHERE = {"part": "where"}
@@ -76,8 +76,9 @@ class CheckpointSection(CheckpointConfig):
 class ExportConfig:
     """The weights for others to use, beside checkpoints."""
 
-    format: Literal["none", "huggingface"] = "none"
-    """huggingface: safetensors with config.json and tokenizer, in hugging_face/step-N of the run directory."""
+    format: Literal["none", "huggingface", "peft"] = "none"
+    """huggingface: safetensors with config.json and tokenizer, in hugging_face/step-N of the run directory; LoRA
+    adapters are added to the weights. peft: the adapters alone, in peft/step-N, as Hugging Face's PEFT loads them."""
     every: int = 0
     """Steps between exports, which training waits for; 0: only after the last step."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -110,6 +111,8 @@ class TrainConfig:
     """Dtypes of weights, computation and reduction."""
     quant: QuantConfig = QuantConfig()
     """Low-precision recipe."""
+    lora: LoRAConfig = LoRAConfig()
+    """Low-rank adapters, which are all that is trained then."""
 
     # -- How it is laid out. A change here leaves the loss curve as it is.
 

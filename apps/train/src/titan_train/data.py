@@ -7,6 +7,7 @@ from typing import TypeAlias
 from titan_data.chat_template import TEMPLATE_FILE
 from titan_data.config import DataConfig
 from titan_data.dataset import TokenDataset, open_dataset
+from titan_data.errors import about
 from titan_data.loader import BatchLoader
 from titan_data.mixed_dataset import MixedDataset, open_mixture
 from titan_data.rows import Rows
@@ -76,15 +77,12 @@ def open_validation(config: TrainConfig, dataset: Dataset, *, progress: Progress
     Raises:
         DataError: if one of them is not there or of no use.
     """
-    return [
-        ValidationSet(
-            name,
-            _validation_rows(config, source, dataset, progress),
-            dataset.tokenizer,
-            max_rows=config.validation.max_rows,
-        )
-        for name, source in config.validation.sets.items()
-    ]
+    sets = []
+    for name, source in config.validation.sets.items():
+        with about(f"validation.sets {name}"):
+            rows = _validation_rows(config, source, dataset, progress)
+            sets.append(ValidationSet(name, rows, dataset.tokenizer, max_rows=config.validation.max_rows))
+    return sets
 
 
 def _validation_rows(config: TrainConfig, source: str, dataset: Dataset, progress: Progress) -> Rows:

@@ -14,6 +14,7 @@ from titan_core.memory_use import MemoryUse
 from titan_core.roles import resolve_roles
 from titan_core.schedule_order import compute_order
 from titan_core.timeline import most_in_flight
+from titan_core.traffic import Flow
 from titan_models.facts import flops_per_token
 from titan_train.config import TrainConfig
 from titan_train.rehearsal import rehearse_all
@@ -30,6 +31,8 @@ class DryRun:
     """Rank -> bytes alive on its device when most are."""
     host_memory: dict[int, MemoryUse]
     """Rank -> bytes alive in the host's memory when most are there, if anything is offloaded."""
+    traffic: dict[int, tuple[Flow, ...]]
+    """Rank -> what it sends and receives."""
     seconds: float
     """How long it took to find out."""
 
@@ -49,6 +52,7 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
         world_size=world_size,
         memory={rank: rehearsal.memory for rank, rehearsal in zip(ranks, rehearsals, strict=True)},
         host_memory={rank: rehearsal.host_memory for rank, rehearsal in zip(ranks, rehearsals, strict=True)},
+        traffic={rank: rehearsal.traffic for rank, rehearsal in zip(ranks, rehearsals, strict=True)},
         seconds=time.perf_counter() - started,
     )
 
@@ -65,6 +69,7 @@ def dry_run_text(config: TrainConfig, world_size: int) -> str:
     ]
     if offload:
         lines += [f"In the host's memory, rank {rank} needs beside:", *_table(result.host_memory[rank])]
+    lines += _float8_lines(result.traffic[rank])
     if len(result.memory) > 1:
         lines.append("The ranks that could need most, the first of each pipeline rank tried:")
         for tried, memory in result.memory.items():
@@ -77,6 +82,23 @@ def _table(use: MemoryUse) -> list[str]:
     sizes = {field.name: getattr(use, field.name) for field in dataclasses.fields(use)}
     lines = [f"  {name:<14}{human(size):>12}  {_MEANING[name]}" for name, size in sizes.items()]
     return [*lines, f"  {'peak':<14}{human(use.total):>12}  all of them, when most is alive"]
+
+
+def _float8_lines(traffic: tuple[Flow, ...]) -> list[str]:
+    """Which collectives carry codes of float8, and how much of all that is."""
+    coded = [flow for flow in traffic if flow.dtype == "uint8"]
+    if not coded:
+        return []
+    sent, whole = (sum(flow.sent_bytes for flow in flows) for flows in (coded, traffic))
+    return [
+        f"It sends {human(whole)}, of which {human(sent)} are codes of float8 (and what FSDP packs with them):",
+        *map(_flow_line, coded),
+    ]
+
+
+def _flow_line(flow: Flow) -> str:
+    what = f"{flow.axis:<14}{flow.kind:<16}{flow.dtype:<8}"
+    return f"  {what}{flow.count:>8,} x{human(flow.sent_bytes):>14}  {flow.cause}"
 
 
 _MEANING = {
@@ -122,6 +144,8 @@ def _assumptions(config: TrainConfig) -> list[str]:
         notes.append("attention confined to documents builds a mask of S x S for each row, on the CPU as on a GPU")
     if config.model.moe is not None:
         notes.append("tokens are taken to be dealt evenly to experts; a rank with popular ones needs more")
+    if config.quant.recipe in ("mxfp8", "nvfp4"):
+        notes.append(f"{config.quant.recipe} was emulated, which works on wider copies than its kernels do")
     if config.compile.enabled:
         notes.append("nothing was compiled; compiled blocks usually keep fewer activations")
     if config.parallel.cpu_offload:

@@ -68,9 +68,9 @@ def explain(config: TrainConfig, world_size: int) -> Explanation:
 def _look(config: TrainConfig, world_size: int, rank: int) -> tuple[tuple[View, ...], tuple[Parameters, ...]]:
     """The meshes and the parameters as `rank` has them."""
     with fake_environment(config, world_size, rank) as env:
-        layout, roles = lay_out(rehearsable(config), env)
+        laid_out = lay_out(rehearsable(config), env)
         views = () if env.meshes is None else describe_meshes(env.meshes)
-        return views, describe_parameters(layout.model, roles)
+        return views, describe_parameters(laid_out.model, laid_out.roles)
 
 
 def _assumptions(config: TrainConfig) -> list[str]:

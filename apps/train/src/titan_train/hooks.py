@@ -16,8 +16,10 @@ from titan_metrics.meter import Meter
 from titan_metrics.peaks import peak_flops
 from titan_metrics.sinks import Sinks, build_sinks
 from titan_models.facts import training_flops_per_token
+from titan_quant.flops import mixed_peak
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
+from titan_train.rewrites import Rewrites
 from titan_train.votes import Votes
 
 
@@ -152,14 +154,13 @@ class LogSamples(Hook):
         self._file.close()
 
 
-def build_log(config: TrainConfig, env: Environment, checkpoint: Checkpoint | None) -> LogMetrics:
+def build_log(config: TrainConfig, env: Environment, checkpoint: Checkpoint | None, rewrites: Rewrites) -> LogMetrics:
     """The log of a run, which goes on after `checkpoint` if there is one."""
     directory = Path(config.output or "")
-    compute_dtype = config.precision.param_dtype or config.precision.master_dtype
     given = config.metrics.peak_tflops
     meter = Meter(
         flops_per_token=training_flops_per_token(config.model, config.training.seq_len),
-        peak_flops=given * 1e12 if given else peak_flops(env.device_name(), compute_dtype),
+        peak_flops=given * 1e12 if given else _peak_flops(config, env.device_name(), rewrites),
         devices=env.degrees.world_size,
     )
     sinks = env.main_only(
@@ -175,6 +176,15 @@ def build_log(config: TrainConfig, env: Environment, checkpoint: Checkpoint | No
     has_experts = config.model.moe is not None
     loads = env.main_only(lambda: _open_expert_loads(directory, checkpoint)) if has_experts else None
     return LogMetrics(env, meter, sinks, config.metrics.log_every, loads)
+
+
+def _peak_flops(config: TrainConfig, device: str, rewrites: Rewrites) -> float | None:
+    """Of one device, for what the run computes in each precision; None where one of the peaks is not known."""
+    shares = rewrites.flops_by_precision(config)
+    compute_dtype = config.precision.param_dtype or config.precision.master_dtype
+    peaks = {kind: peak_flops(device, compute_dtype if kind == "high" else kind) for kind in shares}
+    known = {kind: peak for kind, peak in peaks.items() if peak is not None}
+    return mixed_peak(shares, known) if known.keys() == shares.keys() else None
 
 
 def _open_expert_loads(directory: Path, checkpoint: Checkpoint | None) -> Sinks:

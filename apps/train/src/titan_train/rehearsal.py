@@ -22,14 +22,13 @@ from torch import Tensor
 from titan_core.config import CompileConfig, RematConfig
 from titan_core.degrees import resolve_degrees
 from titan_core.fake_world import fake_tensors, fake_world
-from titan_core.init import materialize
 from titan_core.memory_use import MemoryRecorder, MemoryUse
 from titan_core.mesh import build_meshes
 from titan_core.optim import OptimizerState, build_optimizer
 from titan_core.stages import stage_count
 from titan_core.traffic import Flow, TrafficRecorder
 from titan_models.head import GPU_CHUNK_TOKENS
-from titan_train.build import input_names, lay_out, update
+from titan_train.build import input_names, lay_out
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
 from titan_train.forked import in_processes
@@ -70,9 +69,10 @@ def measured_step(
 
     The weights are whatever was in memory. `tensors`: entered once the model is laid out.
     """
-    layout, roles = lay_out(config, env)
+    laid_out = lay_out(config, env)
+    layout, roles = laid_out.layout, laid_out.roles
     with tensors or contextlib.nullcontext():
-        materialize(layout.model, env.device)
+        laid_out.give_memory(env.device)
         optimizer = build_optimizer(layout.model, roles, config.optimizer)
         state = OptimizerState(optimizer, layout.model).state_dict()
         rows = _rows(share_rows(config.training, config.parallel, env.degrees), micro_batches)
@@ -89,7 +89,7 @@ def measured_step(
             layout.accumulate(batch, divisor=1.0)
             memory.hold("gradients", [parameter.grad for parameter in layout.model.parameters()], host=offload)
             memory.category, memory.host = "other", offload
-            update(layout, optimizer, config, 1, env.stages)
+            laid_out.update(optimizer, 1, env.stages)
     return Rehearsal(memory=memory.peak(), host_memory=memory.peak(host=True), traffic=tuple(traffic.flows()))
 
 
@@ -105,6 +105,9 @@ def fake_environment(config: TrainConfig, world_size: int, rank: int) -> Iterato
         yield Environment(device, rank, degrees, meshes)
 
 
+_GPU_ONLY = ("mxfp8", "nvfp4")
+
+
 def rehearsable(config: TrainConfig) -> TrainConfig:
     """`config` without what fake tensors cannot do, and with what would be chosen on the device it is for."""
     chunk = config.model.loss_chunk_tokens or (None if config.device == "cpu" else GPU_CHUNK_TOKENS)
@@ -115,6 +118,8 @@ def rehearsable(config: TrainConfig) -> TrainConfig:
         parallel=dataclasses.replace(config.parallel, async_tp=False),  # the compiler's, and sends the same
         compile=CompileConfig(),
         remat=RematConfig() if config.remat.mode == "budget" else config.remat,
+        # The kernels of these are of GPUs only.
+        quant=dataclasses.replace(config.quant, emulate=config.quant.emulate or config.quant.recipe in _GPU_ONLY),
     )
 
 

@@ -15,6 +15,7 @@ def overview(
     data: str,
     share: Rows,
     gradient_bytes: int,
+    rewrites: str = "",
 ) -> str:
     """The run in a few lines: model, data, batch and layout, and where it writes."""
     batch, seq_len = config.training.global_batch_size, config.training.seq_len
@@ -22,6 +23,7 @@ def overview(
     padding = rows - batch
     lines = [
         f"model {parameter_count(config.model):,} parameters, {config.model.layers} layers of width {config.model.dim}",
+        *([rewrites] if rewrites else []),
         data,
         f"batch {batch} sequences of {seq_len} tokens = {batch * seq_len:,} tokens a step; on each rank "
         f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of up to {share.micro_batch_size}",

@@ -24,7 +24,6 @@ from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.location import place_of
 from titan_ckpt.place import Place
 from titan_core.convert_state import ConvertedState
-from titan_core.init import init_parameters, materialize
 from titan_core.optim import ModelState, OptimizerState, build_optimizer
 from titan_core.rng import RngState
 from titan_data.loader import Batch
@@ -34,7 +33,7 @@ from titan_models import model_file
 from titan_quant.device import nvidia_capability
 from titan_quant.recipes import resolve_recipe
 from titan_train import report
-from titan_train.build import lay_out, model_inputs, update
+from titan_train.build import lay_out, model_inputs
 from titan_train.config import TrainConfig
 from titan_train.config_file import RUN_CONFIG, to_json
 from titan_train.data import Dataset, build_loader, epochs_by_source, open_data, open_validation, tokenizer_files
@@ -133,7 +132,7 @@ def _export(config: TrainConfig, env: Environment, checkpoint: Place, dataset: D
 def build_hooks(trainer: "Trainer", sets: Sequence[ValidationSet], checkpoint: Checkpoint | None) -> list[Hook]:
     """What the configuration asks for beside training, in the order of its doing; `checkpoint` is gone on from."""
     config, env = trainer.config, trainer.env
-    log = build_log(config, env, checkpoint)
+    log = build_log(config, env, checkpoint, trainer.laid_out.rewrites)
     hooks: list[Hook] = [Validate(config, env, trainer.layout, sets, log)] if sets else []
     hooks.append(log)
     if config.training.log_samples and env.reads_first:
@@ -146,14 +145,16 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, env: Environment, dataset: Dataset, what: dict[str, Any]) -> None:
         self.config, self.env, self.dataset, self.what = config, env, dataset, what
-        resolve_recipe(config.quant.recipe, nvidia_capability(env.device.type), env.device.type)
-        self.layout, roles = lay_out(config, env)
+        capability = nvidia_capability(env.device.type)
+        resolve_recipe(config.quant.recipe, capability, env.device.type, emulate=config.quant.emulate)
+        self.laid_out = lay_out(config, env)
+        self.layout = self.laid_out.layout
         share = share_rows(config.training, config.parallel, env.degrees)
         self.model = self.layout.model
         host = torch.device("cpu") if config.parallel.cpu_offload else None
-        materialize(self.model, env.device, parameters=host)
-        init_parameters(self.model, config.model.init_rules(), config.training.seed)
-        self.optimizer = build_optimizer(self.model, roles, config.optimizer, seed=config.training.seed)
+        self.laid_out.give_memory(env.device, parameters=host)
+        self.laid_out.init()
+        self.optimizer = build_optimizer(self.model, self.laid_out.roles, config.optimizer, seed=config.training.seed)
 
         on_gpu = env.device.type == "cuda"
         self.loader = build_loader(config, dataset, rank=env.data_rank, rows=share.rows, on_gpu=on_gpu)
@@ -174,6 +175,7 @@ class Trainer:
                 data=dataset.describe(),
                 share=share,
                 gradient_bytes=self.layout.gradient_bytes(),
+                rewrites=self.laid_out.rewrites.describe(config),
             )
         )
 
@@ -199,6 +201,7 @@ class Trainer:
         """Steps until `training.steps` or an interrupt, saving on the way; returns the signal that has ended it."""
         total, timer = self.config.training.steps, Timer(self.config.checkpoint)
         started_at, started = self.progress.step, time.perf_counter()
+        self.laid_out.weights_changed()  # they were drawn, or read
         with interrupt.deferred(), contextlib.closing(self.loader):
             ended_by = Votes(*self.env.agree(interrupt.vote)).ended_by  # it may have come while the run started
             while ended_by is None and self.progress.step < total:
@@ -236,7 +239,7 @@ class Trainer:
         votes = Votes(*sums)
 
         loss = self.layout.accumulate(self._inputs(batch, valid), divisor=max(valid, 1))
-        grad_norm, lr = update(self.layout, self.optimizer, self.config, number, self.env.stages)
+        grad_norm, lr = self.laid_out.update(self.optimizer, number, self.env.stages)
         tokens = self.config.training.global_batch_size * self.config.training.seq_len
         self.progress.advance(tokens)
         return Step(

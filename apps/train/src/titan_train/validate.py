@@ -29,6 +29,7 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *([] if ranges else config.model.problems()),
         *config.precision.problems(),
         *config.quant.problems(),
+        *config.lora.problems(),
         *config.optimizer.problems(),
         *config.optimizer.offload_problems(config.device, config.parallel),
         *config.schedule.problems(),
@@ -102,11 +103,15 @@ def _export_problems(config: TrainConfig) -> list[str]:
         return []
     found = []
     if not config.checkpoint.enabled:
-        found.append("export.format huggingface is made from checkpoints, and checkpoint.enabled is off; leave it on.")
+        found.append(
+            f"export.format {config.export.format} is made from checkpoints, but checkpoint.enabled is off; leave it."
+        )
+    if config.export.format == "peft" and config.lora.rank == 0:
+        found.append("export.format peft writes LoRA adapters, and lora.rank is 0; give one, or use huggingface.")
     try:
         to_hugging_face(config.model)
     except ModelConfigError as error:
-        found.append(f"export.format huggingface: {error}")
+        found.append(f"export.format {config.export.format}: {error}")
     return found
 
 
@@ -198,7 +203,29 @@ def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
             f"training.global_batch_size {batch} is smaller than the {degrees.dp} data-parallel ranks (dp_replicate x "
             f"dp_shard), so some would have nothing to read; raise it to {degrees.dp} or more, or start fewer ranks."
         ]
-    return [*_stream_problems(config, degrees), *_limit_problems(config, degrees)]
+    return [
+        *_stream_problems(config, degrees),
+        *_gather_problems(config, degrees),
+        *_limit_problems(config, degrees),
+    ]
+
+
+def _gather_problems(config: TrainConfig, degrees: Degrees) -> list[str]:
+    """Where weights are not gathered, or not so that float8 will do."""
+    if not config.quant.float8_gather:
+        return []
+    found = []
+    if degrees.dp_shard * degrees.cp == 1:
+        found.append(
+            "quant.float8_gather is about weights that are sharded, and parallel.dp_shard is 1; raise it, or leave "
+            "quant.float8_gather out."
+        )
+    if config.parallel.cpu_offload or type(config.parallel.reshard_after_forward) is int:
+        found.append(
+            "quant.float8_gather goes neither with parallel.cpu_offload nor with a number as "
+            "parallel.reshard_after_forward; leave one of them out."
+        )
+    return found
 
 
 def _stream_problems(config: TrainConfig, degrees: Degrees) -> list[str]:

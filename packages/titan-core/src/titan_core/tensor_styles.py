@@ -1,14 +1,19 @@
 """The door for rewrites of a model, low precision or LoRA say, into tensor parallelism: what they do otherwise."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-Collective: TypeAlias = Callable[[Tensor, int, ProcessGroup], Tensor]
-"""collective(x, dim, group): differentiable, like those of `titan_core.collectives`."""
+
+class Collective(Protocol):
+    """Differentiable, like those of `titan_core.collectives`."""
+
+    def __call__(self, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        """What this rank has afterwards."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

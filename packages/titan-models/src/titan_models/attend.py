@@ -109,9 +109,12 @@ _latest_block_mask = _Latest(_make_block_mask)
 @torch.compiler.disable  # how many documents there are depends on the data
 def _varlen(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> Tensor:
     bounds = _latest_bounds(document_ids)
-    ends = (tensor.flatten(0, 1) for tensor in (q, k, v))
-    product = _by_document if q.device.type == "cpu" else _flash_varlen
-    return product(*ends, bounds, document_ids.shape[1]).view_as(q)
+    q_rows, k_rows, v_rows = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    if q.device.type == "cpu":
+        mixed = _by_document(q_rows, k_rows, v_rows, bounds)
+    else:
+        mixed = _flash_varlen(q_rows, k_rows, v_rows, bounds, document_ids.shape[1])
+    return mixed.view_as(q)
 
 
 def _make_bounds(document_ids: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int)
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
 
 
-def _by_document(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+def _by_document(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     """What flash attention does on a GPU: `q` [T, N, H], `k` and `v` [T, K, H] -> [T, N, H]."""
     sizes = bounds.diff().tolist()
     pieces = zip(*(tensor.split(sizes) for tensor in (q, k, v)), strict=True)

@@ -3,7 +3,7 @@
 Everything here is part of *what* is computed: another precision is another experiment.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from titan_quant.recipes import RECIPES, RecipeError, ScaleRounding, find_recipe
@@ -88,7 +88,7 @@ class QuantConfig:
     """Whether layers too small to gain are left alone, by what was measured on an H100."""
     scale_rounding: ScaleRounding = "rceil"
     """How mxfp8 rounds the scale of a block: `floor` and `rceil` on GPUs, `ceil` and `even` emulated only."""
-    float8_gather: bool = False
+    float8_gather: bool = field(default=False, metadata={"part": "how"})
     """Whether FSDP gathers weights as float8, which halves what it sends; float8_tensorwise only."""
 
     def problems(self) -> list[str]:

@@ -76,7 +76,12 @@ def from_meta(source: Location, keys: KeyMap, facts: ModelFacts, derived: Sequen
 
 
 def from_dcp(
-    source: Location, keys: KeyMap | None, facts: ModelFacts, derived: Sequence[str] = (), under: str | None = MODEL
+    source: Location,
+    keys: KeyMap | None,
+    facts: ModelFacts,
+    derived: Sequence[str] = (),
+    under: str | None = MODEL,
+    rewrite: Callable[[Tensors], Tensors] = lambda tensors: tensors,
 ) -> Native:
     """A checkpoint of this package, or any folder in DCP layout.
 
@@ -86,13 +91,14 @@ def from_dcp(
         facts: of the model that is expected.
         derived: foreign names to pass over.
         under: the object in the folder that is the model; None if its names stand alone.
+        rewrite: makes the model's tensors of those in the folder.
 
     Raises:
         CheckpointError: if it is no such folder.
         DamagedCheckpointError: if its metadata cannot be read.
     """
-    whole = read_dcp(place_of(source))
-    native = _native(model_of(whole, under), keys, facts, derived)
+    found = model_of(read_dcp(place_of(source)), under)
+    native = _native(replace(found, tensors=dict(rewrite(found.tensors))), keys, facts, derived)
     return replace(native, elsewhere=_ANOTHER_PROJECT)
 
 
