@@ -72,6 +72,6 @@ def test_parts_are_visible_in_the_configuration():
     assert set(what) == {"model", "data", "training", "optimizer", "schedule", "precision", "quant", "lora"}
     assert "source" not in what["data"]
     how = part_of(llama3_debug(), "how")
-    assert set(how) == {"model", "data", "training", "optimizer", "parallel", "remat", "compile", "device"}
+    assert set(how) == {"model", "data", "training", "optimizer", "quant", "parallel", "remat", "compile", "device"}
     assert isinstance(llama3_debug().data, DataSection)
     assert isinstance(llama3_debug(), TrainConfig)
