@@ -12,6 +12,7 @@ from titan_models.facts import (
     parameter_shapes,
     training_flops_per_token,
 )
+from titan_models.families import llama3, qwen3
 
 EXPERTS = MoEConfig(experts=8, top_k=3, hidden_dim=40, shared_hidden_dim=16, first_dense_layers=1)
 CHANGES = [{}, {"tie_embeddings": True}, {"qk_norm": True, "moe": EXPERTS}]
@@ -81,3 +82,28 @@ def test_causal_attention_counts_the_tokens_that_are_seen(tiny):
 
 def test_training_is_three_times_forward(tiny):
     assert training_flops_per_token(tiny, 64) == 3 * sum(flops_per_token(tiny, 64).values())
+
+
+def test_documents_confine_what_a_token_sees(tiny):
+    """Two documents of 5 and 11 tokens in a row cost what they cost alone."""
+    positions = torch.cat([torch.arange(5), torch.arange(11)])
+    packed = training_flops_per_token(tiny, 16, seen=(positions + 1).double().mean().item())
+    alone = (5 * training_flops_per_token(tiny, 5) + 11 * training_flops_per_token(tiny, 11)) / 16
+    assert packed == pytest.approx(alone)
+    assert packed < training_flops_per_token(tiny, 16)
+
+
+@pytest.mark.parametrize("family", [llama3, qwen3])
+def test_flops_of_published_sizes_equal_those_counted_on_them(family):
+    """On the meta device: two blocks of each model, in their true widths."""
+    for name, preset in family.PRESETS.items():
+        config = dataclasses.replace(preset, layers=min(preset.layers, 2))
+        with torch.device("meta"):
+            model = config.build()
+            tokens, positions = torch.zeros(1, 128, dtype=torch.int64), torch.arange(128)[None]
+        # Meta tensors attend by two batched products, as the sum of experts' outputs is one: neither is counted here.
+        formulas = {torch.ops.titan_models.expert_products: expert_flops, torch.ops.aten.bmm: weighted_sum_flops}
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
+            model(tokens, positions)
+        expected = flops_per_token(config, 128, seen=0.0)
+        assert sum(expected.values()) == counter.get_total_flops() / 128, name

@@ -78,14 +78,17 @@ def _active(config: DecoderConfig, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // config.moe.experts * config.moe.top_k
 
 
-def flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool = True) -> Mapping[str, float]:
+def flops_per_token(
+    config: DecoderConfig, seq_len: int, *, causal: bool = True, seen: float | None = None
+) -> Mapping[str, float]:
     """Forward FLOPs a token by module, averaged over a document of `seq_len` tokens.
 
     A matrix product costs 2 FLOPs a weight and token, of experts only those that the token is handed to. Attention
-    multiplies each query with the keys and its weights with the values: 4 * N * H FLOPs for each token it sees, which
-    is (S + 1) / 2 of them on average when `causal`, else all S. Norms, activations, the embedding look-up and the
-    weighted sum of experts' outputs are left out, as in PaLM (arXiv 2204.02311, appendix B), which counts full
-    attention (`causal=False`).
+    multiplies each query with the keys and its weights with the values: 4 * N * H FLOPs for each token it sees, itself
+    included. That is `seen` of them on average, if something else than the row confines attention: documents, of which
+    a token sees its position and itself, or a window. Else it is (S + 1) / 2 when `causal`, or all S. Norms,
+    activations, the embedding look-up and the weighted sum of experts' outputs are left out, as in PaLM (arXiv
+    2204.02311, appendix B), which counts full attention (`causal=False`).
     """
     shapes = parameter_shapes(config)
     del shapes["tok_embeddings.weight"]
@@ -96,12 +99,18 @@ def flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool = True)
             module = name.rpartition(".")[0]
             flops[module] = flops.get(module, 0.0) + 2.0 * _active(config, shape)
     flops["lm_head"] = 2.0 * config.vocab_size * config.dim
-    seen = (seq_len + 1) / 2 if causal else seq_len
+    if seen is None:
+        seen = (seq_len + 1) / 2 if causal else seq_len
     for layer in range(config.layers):
         flops[f"layers.{layer}.attention.sdpa"] = 4.0 * config.heads * config.head_dim * seen
     return flops
 
 
-def training_flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool = True) -> float:
-    """FLOPs a token of forward and backward, three times the forward's (arXiv 2204.02311), without recomputation."""
-    return 3 * sum(flops_per_token(config, seq_len, causal=causal).values())
+def training_flops_per_token(
+    config: DecoderConfig, seq_len: int, *, causal: bool = True, seen: float | None = None
+) -> float:
+    """FLOPs a token of forward and backward, three times the forward's (arXiv 2204.02311), without recomputation.
+
+    `causal` and `seen` as for `flops_per_token`.
+    """
+    return 3 * sum(flops_per_token(config, seq_len, causal=causal, seen=seen).values())
