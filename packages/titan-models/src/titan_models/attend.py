@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, kernel:
     makes each row one document, for which all kernels are one.
     """
     if document_ids is None or kernel == "sdpa":
-        return _sdpa(q, k, v, None if document_ids is None else document_mask(document_ids))
+        return masked_attention(q, k, v, None if document_ids is None else document_mask(document_ids))
     return _flex(q, k, v, document_ids) if kernel == "flex" else _varlen(q, k, v, document_ids)
 
 
@@ -45,7 +45,11 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (same & causal)[:, None]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Mixes `v` [B, T, K, H] by the similarity of `q` [B, S, N, H] to `k` [B, T, K, H]; returns [B, S, N, H].
+
+    `mask` [B, 1, S, T] bool: which token may see which; None: each sees itself and earlier ones, S being T.
+    """
     mixed = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -140,4 +144,4 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     """What flash attention does on a GPU: `q` [T, N, H], `k` and `v` [T, K, H] -> [T, N, H]."""
     sizes = bounds.diff().tolist()
     pieces = zip(*(tensor.split(sizes) for tensor in (q, k, v)), strict=True)
-    return torch.cat([_sdpa(one[None], two[None], three[None], None)[0] for one, two, three in pieces])
+    return torch.cat([masked_attention(one[None], two[None], three[None], None)[0] for one, two, three in pieces])

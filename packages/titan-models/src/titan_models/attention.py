@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
-from titan_models.attend import attend
+from titan_models.attend import attend, masked_attention
 from titan_models.config import AttentionKernel, DecoderConfig
+from titan_models.kv_cache import LayerCache
 from titan_models.rope import apply_rope
 
 
@@ -30,12 +31,27 @@ class Attention(nn.Module):
         self.sdpa = DotProductAttention(config.attention_kernel)
         self.wo = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, document_ids: Tensor | None) -> Tensor:
-        """`x` [B, S, D] -> [B, S, D]; `rope` is the table of `rope_table` for `positions` [B, S]."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        positions: Tensor,
+        document_ids: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """`x` [B, S, D] -> [B, S, D]; `rope` is the table of `rope_table` for `positions` [B, S].
+
+        `cache`: sees the tokens that it keeps too, and keeps these.
+        """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = self.sdpa(apply_rope(q, rope), apply_rope(k, rope), v, positions, document_ids)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        mixed = (
+            self.sdpa(q, k, v, positions, document_ids)
+            if cache is None
+            else self.sdpa(q, k, v, positions, document_ids, cache)
+        )
         return self.wo(mixed.flatten(-2))
 
 
@@ -48,11 +64,22 @@ class DotProductAttention(nn.Module):
             import torch.nn.attention.varlen  # noqa: F401 - registers the operator, by whose name its result is kept
         self.kernel: AttentionKernel = kernel
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, document_ids: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        document_ids: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """Mixes `v` [B, S, K, H] by the similarity of `q` [B, S, N, H] and `k` [B, S, K, H]; N is a multiple of K.
 
         `document_ids` [B, S] int64: a token sees earlier tokens with its own id; None: each row is one document.
-        `positions` [B, S] are for kernels that need them; these rely on the order of the row.
+        `positions` [B, S] are for a `cache`, and for kernels that need them; these rely on the order of the row. With
+        a cache tokens see those that it keeps, and a row is one document.
         Returns [B, S, N, H].
         """
+        if cache is not None:
+            return masked_attention(q, *cache.extend(k, v, positions))
         return attend(q, k, v, document_ids, self.kernel)

@@ -5,12 +5,14 @@ where `norm` or `lm_head` is absent it is skipped. No shape is read from the con
 activations may be one rank's share.
 """
 
+import torch
 from torch import Tensor, nn
 
 from titan_models.attention import Attention
 from titan_models.config import DecoderConfig
 from titan_models.feed_forward import FeedForward
 from titan_models.head import Head
+from titan_models.kv_cache import KVCache, LayerCache
 from titan_models.moe import MoE
 from titan_models.rope import rope_frequencies, rope_table
 
@@ -40,6 +42,9 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
         row_weights: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        take: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V], or with `labels` [B, S] int64 the summed loss (see `Head`).
 
@@ -48,12 +53,19 @@ class Decoder(nn.Module):
         `row_weights` [B] float are the shares of the rows in the mean loss, their valid tokens divided by those of the
         global batch, 0 for padding: routers need them, since their auxiliary losses are not part of the summed loss
         (see `titan_models.router`). None means 1 / B each, which is right if this is the whole batch.
+        `cache`: tokens see those that it keeps, and are kept. `take` [B] int64: the one place of each row whose logits
+        [B, 1, V] are wanted.
         """
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(x)
         rope = rope_table(positions, self.rope_frequencies, x.dtype)
-        for block in self.layers.values():
-            x = block(x, rope, positions, document_ids, row_weights)
+        for name, block in self.layers.items():
+            if cache is None:
+                x = block(x, rope, positions, document_ids, row_weights)
+            else:
+                x = block(x, rope, positions, document_ids, row_weights, cache.layer(name))
+        if take is not None:
+            x = x[torch.arange(x.shape[0], device=x.device), take][:, None]
         if self.norm is not None:
             x = self.norm(x)
         return x if self.lm_head is None else self.lm_head(x, labels)
@@ -80,8 +92,9 @@ class Block(nn.Module):
         positions: Tensor,
         document_ids: Tensor | None,
         row_weights: Tensor | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """`x` [B, S, D] -> [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), rope, positions, document_ids)
+        x = x + self.attention(self.attention_norm(x), rope, positions, document_ids, cache)
         hidden = self.ffn_norm(x)
         return x + (self.feed_forward(hidden) if self.moe is None else self.moe(hidden, row_weights))
