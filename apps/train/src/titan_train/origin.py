@@ -47,25 +47,26 @@ class Origin:
     """The path, on this machine, of the tokenizer that goes with them, if there is one."""
 
 
-def find_origin(location: str) -> Origin:
+def find_origin(location: str, *, option: str = "--checkpoint.init-from ") -> Origin:
     """Looks up what a path or URL names: a run's directory, a checkpoint, or a Hugging Face folder.
+
+    `option` is what the message begins with, before the location.
 
     Raises:
         OriginError: if it is none of them, or does not say which model its weights are of.
     """
-    place = place_of(location)
     try:
-        return _origin(place)
-    except (CheckpointError, ModelConfigError, OSError) as error:
-        raise OriginError(f"--checkpoint.init-from {location}: {error}") from error
+        return _origin(place_of(location))
+    except (OriginError, CheckpointError, ModelConfigError, OSError) as error:
+        raise OriginError(f"{option}{location}: {error}") from error
 
 
 def _origin(place: Place) -> Origin:
     if place.path is not None and place.path.is_file():
-        raise OriginError(f"--checkpoint.init-from {place}: this is a file; name the folder that it is in.")
+        raise OriginError("this is a file; name the folder that it is in.")
     names = place.files()
     if not names:
-        raise OriginError(f"--checkpoint.init-from {place}: there is nothing.")
+        raise OriginError("there is nothing.")
     if MANIFEST_NAME in names:
         return _of_checkpoint(place)
     if hugging_face.CONFIG_FILE in names and any("/" not in name and name.endswith(".safetensors") for name in names):
@@ -80,7 +81,7 @@ def _origin(place: Place) -> Origin:
             if _looks_whole(folder):
                 return _of_checkpoint(folder)
     raise OriginError(
-        f"--checkpoint.init-from {place}: this is neither a run's directory with a whole checkpoint, nor a checkpoint, "
+        "this is neither a run's directory with a whole checkpoint, nor a checkpoint, "
         "nor a Hugging Face folder (config.json and safetensors files). Other formats are converted first, by "
         "titan-convert; `titan-convert inspect` says what a folder is."
     )
@@ -91,8 +92,8 @@ def _of_checkpoint(place: Place) -> Origin:
     names = files.files()
     if model_file.MODEL_FILE not in names:
         raise OriginError(
-            f"--checkpoint.init-from {place}: it does not say which model its weights are of (no "
-            f"files/{model_file.MODEL_FILE}). Convert it with titan-convert, which writes one."
+            f"{place} does not say which model its weights are of (no files/{model_file.MODEL_FILE}). Convert it with "
+            "titan-convert, which writes one."
         )
     model = model_file.from_json(files.read(model_file.MODEL_FILE))
     return Origin(place=place, model=model, is_checkpoint=True, tokenizer=tokenizer_in(files))

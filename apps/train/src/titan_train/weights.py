@@ -1,12 +1,14 @@
 """Fills a laid-out model with the weights of an `Origin`: each rank reads the rows it owns, a few at a time."""
 
 import importlib
+import json
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from titan_ckpt.checkpoint import open_checkpoint
+from titan_ckpt.contents import FILES_FOLDER
 from titan_ckpt.conversion.keymap import ModelFacts
 from titan_ckpt.conversion.survey import verify
 from titan_ckpt.conversion.translate import Native, from_dcp, from_hugging_face
@@ -17,6 +19,9 @@ from titan_ckpt.world import RanksFailedError, World
 from titan_core.shards import local, owned
 from titan_models.config import DecoderConfig
 from titan_models.facts import shared_names, state_shapes
+from titan_quant.config import LoRAConfig
+from titan_train.adapters import merged
+from titan_train.config_file import RUN_CONFIG
 from titan_train.origin import Origin
 
 _SHOWN = 8  # problems; the rest are counted
@@ -69,9 +74,19 @@ def hugging_face_keys(config: DecoderConfig) -> Mapping[str, str | tuple[str, ..
 def _native(origin: Origin) -> Native:
     facts = facts_of(origin.model)
     if origin.is_checkpoint:
-        return from_dcp(origin.place, None, facts)
+        lora = _lora_of(origin.place)
+        return from_dcp(origin.place, None, facts, rewrite=lambda tensors: merged(tensors, lora) if lora else tensors)
     derived = importlib.import_module(type(origin.model).__module__).DERIVED
     return from_hugging_face(origin.place, hugging_face_keys(origin.model), facts, derived)
+
+
+def _lora_of(checkpoint: Place) -> LoRAConfig | None:
+    """What the adapters in a checkpoint of a run were made with; None if it has none."""
+    name = f"{FILES_FOLDER}/{RUN_CONFIG}"
+    if name not in checkpoint.files():
+        return None
+    lora = json.loads(checkpoint.read(name)).get("lora", {})
+    return LoRAConfig(rank=lora["rank"], alpha=lora["alpha"]) if lora.get("rank") else None
 
 
 @torch.no_grad()
