@@ -10,6 +10,7 @@ from titan_ckpt.local_place import LocalPlace
 from titan_ckpt.manifest import Manifest
 from titan_models import model_file
 from titan_models.facts import parameter_count
+from titan_train import generate_cli
 from titan_train.cli import run
 from titan_train.config_file import to_json
 from titan_train.configs import llama3, qwen3
@@ -22,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 def commands():
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
         for line in block.splitlines():
-            match = re.search(r"(?:titan-train|-m titan_train)\b(.*)", line)
+            match = re.search(r"(?:titan-train|-m titan_train)(?![.\w])(.*)", line)
             ranks = re.search(r"--nproc-per-node (\d+)", line)
             if match:
                 yield ranks[1] if ranks else "1", shlex.split(match[1], comments=True)
@@ -41,6 +42,14 @@ def test_every_command_is_understood(ranks, arguments, tmp_path, monkeypatch, ca
             run(arguments)
     else:
         assert run([*arguments, "--print-config"]) == 0, capsys.readouterr().err
+
+
+def test_every_command_that_generates_is_understood():
+    found = re.findall(r"(?:titan-generate|titan_train\.generate_cli)(.*)", README)
+    commands = [shlex.split(line, comments=True) for line in found if "--prompt" in line]
+    assert len(commands) >= 3
+    for arguments in commands:
+        generate_cli._parser().parse_args(arguments)
 
 
 def write_checkpoint(folder, model):
