@@ -149,6 +149,11 @@ def test_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--validation.sets", "", "x"], "validation.sets has an empty name for 'x'"),
+        (
+            ["--data.kind", "mixture", "--data.mixture.sources", "a", "x", "--data.mixture.weights", "a", "nan"],
+            "data.mixture.weights gives a nan",
+        ),
         (["--data.sft.template", "llama3"], "data.sft is set, and data.kind is 'text'; add --data.kind sft"),
         (["--data.kind", "mixture"], "data.mixture.sources names no source"),
         (
@@ -186,5 +191,5 @@ def test_a_set_that_is_not_there_ends_a_run_before_it_begins(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(to_json(change(TINY, output=str(tmp_path / "run"))))
     result = titan_train("--config", tmp_path / "config.json", "--validation.sets", "mine", tmp_path / "absent")
     assert result.returncode == 1
-    assert "absent" in result.stderr
+    assert f"titan-train: validation.sets mine: there is no corpus '{tmp_path}/absent'" in result.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -76,3 +76,10 @@ def test_nested_optional_sections_keep_their_type(tmp_path):
     path.write_text(to_json(config))
     scaling = read_config(path).model.rope_scaling
     assert dataclasses.asdict(scaling) == dataclasses.asdict(config.model.rope_scaling)
+
+
+def test_a_name_given_twice_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(llama3.llama3_debug()).replace('"steps": 200', '"steps": 5, "steps": 200'))
+    with pytest.raises(ConfigFileError, match="'steps' is given twice"):
+        read_config(path)

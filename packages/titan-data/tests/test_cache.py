@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from ranks import run_ranks
 from titan_data.cache import DamagedError, cache_directory, find_or_build
-from titan_data.errors import DataError
+from titan_data.errors import DataError, NotFoundError
 
 
 def open_folder(folder):
@@ -137,15 +138,35 @@ def test_a_full_disk_is_explained_and_frees_what_it_took(folder):
 
 def test_a_place_where_nothing_can_be_written_is_explained(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DataError, match=r"cannot write the cache .*data\.cache_dir"):
+    with pytest.raises(DataError, match=r"cannot write the cache .*/file: File exists\. .*data\.cache_dir"):
         find(tmp_path / "file" / "key")
 
 
-def test_errors_that_are_not_the_caches_pass(folder):
-    def failing(scratch):
-        raise OSError(errno.EIO, "bad disk")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
+def test_a_place_where_no_folder_can_be_made_is_explained():
+    with pytest.raises(DataError, match=r"cannot write the cache /proc/nope: No such file or directory\. "):
+        find(Path("/proc/nope/key"))
 
-    with pytest.raises(OSError, match="bad disk"):
+
+def test_a_file_that_may_not_grow_is_explained_by_name(folder):
+    def filling(scratch):
+        (scratch / "content").write_bytes(b"x" * 5000)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot write the cache .*things/key: File too large\. "):
+            find(folder, filling)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("kind", [DataError, NotFoundError])
+def test_errors_of_what_is_read_pass(folder, kind):
+    def failing(scratch):
+        raise kind("corpus: bad disk")
+
+    with pytest.raises(kind, match=r"^corpus: bad disk$"):
         find(folder, failing)
 
 
@@ -159,3 +180,5 @@ def test_where_the_cache_is(monkeypatch):
     monkeypatch.setenv("TITAN_CACHE", "~/titan")
     assert cache_directory(None) == Path("/home/me/titan")
     assert cache_directory("/here") == Path("/here")
+    with pytest.raises(DataError, match=r"data\.cache_dir is empty"):
+        cache_directory("")

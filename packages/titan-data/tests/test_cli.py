@@ -45,6 +45,10 @@ def test_verify(run, bpe_folder):
     assert status == 1
     assert "titan-tokenize: tokens is damaged: shard-00000.tokens.bin: its bytes are not those" in said
     assert run("nowhere", "--verify") == (1, "titan-tokenize: nowhere does not exist\n")
+    for place in (".", "corpus.jsonl"):
+        status, said = run(place, "--verify")
+        assert status == 1
+        assert f"{place} is no folder of tokens" in said
 
 
 def test_options_reach_the_documents_and_the_tokenizer(run):
@@ -67,9 +71,45 @@ def test_the_same_command_again_is_content_with_what_is_there(run, bpe_folder):
 def test_errors_are_a_paragraph_and_a_status(run):
     status, said = run("nothing.jsonl", "tokens")
     assert status == 1
-    assert said.startswith("titan-tokenize: data.source 'nothing.jsonl' does not exist")
+    assert said.startswith("titan-tokenize: there is no corpus 'nothing.jsonl'")
     with pytest.raises(SystemExit):
         run("corpus.jsonl")
+
+
+@pytest.mark.parametrize("option", ["--shard-mb", "--workers"])
+@pytest.mark.parametrize("value", ["0", "-5"])
+def test_a_number_below_1_is_wrong_usage(run, capsys, option, value):
+    with pytest.raises(SystemExit):
+        run("corpus.jsonl", "tokens", option, value)
+    assert f"{value} is too few; it takes at least 1" in capsys.readouterr().err
+    assert not Path("tokens").exists()
+
+
+def test_nothing_is_written_where_something_else_stands(run, bpe_folder):
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("a")
+    status, said = run("corpus.jsonl", "mine", "--tokenizer", str(bpe_folder))
+    assert status == 1
+    assert "mine is not empty: it holds thesis.tex" in said
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.tex"]
+    status, said = run("corpus.jsonl", "mine/thesis.tex", "--tokenizer", str(bpe_folder))
+    assert status == 1
+    assert "mine/thesis.tex is a file, and tokens go into a folder" in said
+
+
+def test_a_folder_that_cannot_be_written_is_named(run, bpe_folder):
+    Path("file").touch()
+    status, said = run("corpus.jsonl", "file/tokens", "--tokenizer", str(bpe_folder))
+    assert status == 1
+    assert "cannot write the tokens file/tokens: Not a directory. " in said
+    assert "name another FOLDER" in said
+
+
+def test_tokens_are_not_tokenized_again(run, bpe_folder):
+    assert run("corpus.jsonl", "tokens", "--tokenizer", str(bpe_folder))[0] == 0
+    status, said = run("tokens", "again", "--tokenizer", str(bpe_folder))
+    assert status == 1
+    assert "tokens is tokenized already" in said
 
 
 def test_help_answers_without_numpy():

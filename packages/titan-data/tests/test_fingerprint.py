@@ -86,6 +86,14 @@ def test_forgets_files_that_are_gone(hashing):
     assert str(b) not in hashing.memory.read_text()
 
 
+def test_a_file_that_has_gone_is_named(hashing):
+    a = hashing.write("a", "one")
+    hashing(a)
+    a.unlink()
+    with pytest.raises(DataError, match=r"cannot read .*/a: No such file"):
+        hashing(a)
+
+
 def test_a_file_that_cannot_be_read_is_named(hashing):
     folder = hashing.folder / "a-folder"
     folder.mkdir()

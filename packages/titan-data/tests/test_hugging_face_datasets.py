@@ -67,9 +67,7 @@ def test_a_saved_dataset_is_read_in_its_order(saved, texts_of):
 
 
 def test_a_folder_of_splits_names_them(saved, texts_of):
-    with pytest.raises(
-        DataError, match=r"several splits: train, test\. Name one, e\.g\. data\.source '.*splits/train'"
-    ):
+    with pytest.raises(DataError, match=r"several splits: train, test\. Name one, e\.g\. '.*splits/train'"):
         texts_of(saved / "splits")
 
 
@@ -113,6 +111,6 @@ def test_a_dataset_by_name_with_config_and_split(tmp_path):
     assert train == again
     assert train.split()[1:] == ["250", "document", "0"]
     assert test.split()[1:] == ["2", "document", "0"]
-    assert "cannot open data.source 'hf:owner/nothing'" in nothing
+    assert "cannot open the source 'hf:owner/nothing'" in nothing
     assert "'train[10]' is not the name of a whole split" in sliced
     assert "is not of the form hf:OWNER/NAME" in malformed

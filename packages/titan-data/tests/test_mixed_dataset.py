@@ -67,6 +67,14 @@ def test_without_weights_all_sources_have_the_same(config, mixture):
     assert even.describe().startswith("mixture in blocks of 8 samples\npoems: 50.0% of the samples")
 
 
+def test_a_source_that_cannot_be_read_is_named(config, mixture, tmp_path):
+    (tmp_path / "broken.jsonl").write_text("no JSON")
+    for place, message in (("nowhere", "there is no corpus"), ("broken.jsonl", "broken.jsonl, line 1: not JSON")):
+        sources = mixture.sources | {"lines": str(tmp_path / place)}
+        with pytest.raises(DataError, match=rf"^data\.mixture\.sources lines: .*{message}"):
+            opened(config, dataclasses.replace(mixture, sources=sources))
+
+
 def test_a_worker_reads_the_same(config, mixture):
     data = opened(config, mixture)
     sent = pickle.loads(pickle.dumps(data))

@@ -104,9 +104,10 @@ def test_a_file_that_arrives_short_is_refused_and_not_kept(store, opened, monkey
 
 def test_errors_name_the_url(store, opened, monkeypatch):
     _, root = store
-    for source in (f"memory:/{root}/nothing.jsonl", f"memory:/{root}/*.nothing"):
-        with pytest.raises(FileNotFoundError, match=r"no file matches data\.source 'memory:"):
-            opened(source)
+    with pytest.raises(FileNotFoundError, match=r"memory:/.*/nothing\.jsonl does not exist"):
+        opened(f"memory:/{root}/nothing.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"there is no corpus 'memory:/.*nothing': no file matches"):
+        opened(f"memory:/{root}/*.nothing")
     with pytest.raises(DataError, match="cannot read unheard-of://x: ValueError: Protocol not known"):
         opened("unheard-of://x")
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -114,7 +115,33 @@ def test_errors_name_the_url(store, opened, monkeypatch):
         opened("s3://bucket/x")
 
 
-# In processes of their own: the clients of S3 keep threads, after which tests should not fork.
+# In processes of their own: the clients of HTTP and S3 keep threads, after which tests should not fork.
+UNREACHABLE = """
+import socket
+from pathlib import Path
+from titan_data.config import DataConfig
+from titan_data.errors import DataError
+from titan_data.sources import open_source
+with socket.socket() as closed:
+    closed.bind(("127.0.0.1", 0))
+    host = "http://127.0.0.1:%d" % closed.getsockname()[1]
+for name in ("a.jsonl", "*.jsonl"):
+    try:
+        open_source(DataConfig(source=f"{host}/{name}"), cache=Path("cache"), progress=print)
+    except DataError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_host_that_cannot_be_reached_is_no_missing_file(tmp_path):
+    run = subprocess.run([sys.executable, "-c", UNREACHABLE], cwd=tmp_path, capture_output=True, text=True, check=True)
+    said = run.stdout.splitlines()
+    assert len(said) == 2
+    for line, name in zip(said, ("a.jsonl", "*.jsonl"), strict=True):
+        assert line.startswith("DataError cannot read http://127.0.0.1:")
+        assert f"/{name}: ClientConnectorError: Cannot connect to host" in line
+
+
 S3_SERVER = """
 import boto3, sys
 from moto.server import ThreadedMotoServer

@@ -72,6 +72,23 @@ def test_too_long_conversations_are_counted_by_policy(config):
         open_sft(config, LLAMA, seq_len=4)
 
 
+def test_it_is_said_when_most_conversations_are_too_long(config):
+    said = []
+    data = open_sft(config, LLAMA, seq_len=80, progress=said.append)
+    (warning,) = [message for message in said if message.startswith("warning")]
+    assert f"{data.rows.packs.dropped} of the 66 conversations of" in warning
+    assert "do not fit into a row of 80 tokens. Choose longer rows" in warning
+    said.clear()
+    open_sft(config, LLAMA, seq_len=512, progress=said.append)
+    assert not any("warning" in message for message in said)
+
+
+def test_an_empty_file_is_named(config, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError, match=r"there are no conversations in .*empty\.jsonl: 1 files \(1 of them empty\)"):
+        open_sft(change(config, source=str(tmp_path / "empty.jsonl")), LLAMA, seq_len=64)
+
+
 def test_the_fingerprint_follows_what_the_rows_depend_on(config, chat_folder, tmp_path):
     base = change(config, tokenizer=str(chat_folder), vocab_size=DataConfig.vocab_size)
     data = open_sft(base, LLAMA, seq_len=256)
@@ -117,7 +134,8 @@ def test_a_broken_line_is_named_and_nothing_is_cached(config, tmp_path, chat_fol
         ({"text_field": "x"}, {}, r"data\.text_field is set, but conversations are recognised"),
         ({"template": "{x}"}, {}, r"data\.template is set"),
         ({"confine_attention": False}, {}, r"data\.confine_attention is off"),
-        ({}, {"too_long": "cut"}, r"sft\.too_long is 'cut'"),
+        ({}, {"too_long": "cut"}, r"data\.sft\.too_long is 'cut'"),
+        ({}, {"date": "26 Jul"}, r"data\.sft\.date is '26 Jul'"),
         ({}, {"template": "auto"}, r"has the control tokens of a built-in template, and sft\.template is 'auto'"),
         ({"vocab_size": 100}, {}, "a byte-level vocabulary has at least"),
     ],

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import sys
 
@@ -58,6 +59,11 @@ def test_a_change_while_it_is_open_is_noticed(written, tmp_path):
     (tmp_path / "a.txt").write_bytes(TEXT + b"!")
     with pytest.raises(DataError, match="changed while it was being read"):
         opened.__exit__(None, None, None)
+
+
+def test_a_failing_disk_is_named_as_the_files(written):
+    with pytest.raises(DataError, match=r"cannot read .*a\.txt: Input/output error"), written("a.txt", TEXT).open():
+        raise OSError(errno.EIO, "Input/output error")
 
 
 def test_without_its_package_the_extra_is_named(written, monkeypatch):

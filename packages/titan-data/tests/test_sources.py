@@ -182,8 +182,8 @@ def test_the_fingerprint_knows_where_documents_end_and_how_files_are_read(open_s
 @pytest.mark.parametrize(
     ("source", "options", "error", "message"),
     [
-        ("nowhere", {}, FileNotFoundError, r"data\.source 'nowhere' does not exist .*looked from the folder /"),
-        ("c/*.nothing", {}, FileNotFoundError, r"no file matches data\.source 'c/\*\.nothing'"),
+        ("nowhere", {}, FileNotFoundError, r"there is no corpus 'nowhere' .*looked from the folder /"),
+        ("c/*.nothing", {}, FileNotFoundError, r"no file matches 'c/\*\.nothing'"),
         ("empty", {}, DataError, "the folder empty holds 0 files, but none to read"),
         ("c", {"format": "jsonl"}, DataError, r"holds 1 files, but none to read: .*looks for \.json \.jsonl \.ndjson"),
         ("c", {"format": "csv"}, DataError, "data.format is 'csv'; it must be"),

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from titan_data.cli import main
 from titan_data.config import DataConfig
 from titan_data.dataset import open_dataset
 from titan_data.errors import DataError
@@ -26,7 +27,8 @@ def test_a_corpus_is_tokenized_while_it_is_read(config, corpus_folder):
     data = opened(config)
     loader = StreamLoader(data.rows, global_batch_size=3, prefetch=0)
     batches = [next(loader) for _ in range(30)]
-    assert loader.epoch >= 1
+    assert loader.epoch > 1
+    assert loader.epoch % 1
     text = data.tokenizer.decode([token for batch in batches for token in batch["tokens"][0].tolist()])
     assert text.startswith(sorted(corpus_folder.iterdir())[0].read_bytes().decode()[:100])
     assert not (corpus_folder.parent / "cache" / "tokens").exists()
@@ -78,12 +80,26 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path, bpe_folder):
     train, words, nothing, malformed = run.stdout.splitlines()
     assert train.startswith("'poem 1<|end_of_text|>")
     assert words.startswith("hf:owner/words, row 0: no field 'text'; it has 'words'")
-    assert "cannot stream data.source 'hf:owner/none'" in nothing
+    assert "cannot stream the source 'hf:owner/none'" in nothing
     assert "is not of the form hf:OWNER/NAME" in malformed
 
 
 def test_what_cannot_take_effect_is_refused(config):
     with pytest.raises(DataError, match="is streamed, so that no tokenizer can be trained on it"):
         opened(dataclasses.replace(config, source="hf:owner/poems"))
-    with pytest.raises(DataError, match="0 streams with rows of 16 tokens"):
+    with pytest.raises(DataError, match=r"data\.stream\.streams is 0"):
         opened(config, streams=0)
+    with pytest.raises(DataError, match="seq_len is 0"):
+        opened(config, seq_len=0)
+
+
+def test_an_empty_corpus_is_refused_when_it_is_opened(config, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('\n{"text": ""}\n')
+    with pytest.raises(DataError, match=r"the corpus is empty: .*empty\.jsonl: 1 files"):
+        opened(dataclasses.replace(config, source=str(tmp_path / "empty.jsonl")))
+
+
+def test_tokens_are_no_text(config, corpus_folder, tmp_path, bpe_folder):
+    assert main([str(corpus_folder), str(tmp_path / "tokens"), "--tokenizer", str(bpe_folder), "--workers", "1"]) == 0
+    with pytest.raises(DataError, match=r"tokens is tokenized already.*data\.kind text and mixture"):
+        opened(dataclasses.replace(config, source=str(tmp_path / "tokens")))

@@ -101,7 +101,10 @@ def test_with_any_number_of_workers_and_after_changes_of_it(make, workers):
     found = [next(first) for _ in range(30)]
     second = make()
     second.load_state_dict(merged([first]))
+    assert second.epoch == int(first.epoch)
     assert_same(found + [next(second) for _ in range(30)], expected)
+    assert 0 < first.epoch < second.epoch == whole.epoch
+    assert second.epoch % 1
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])

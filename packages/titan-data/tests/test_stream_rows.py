@@ -67,6 +67,7 @@ def test_a_position_is_all_it_takes_to_go_on(rows_of, documents, S, before, cut)
     for name, array in expected.items():
         np.testing.assert_array_equal(array, found[name])
     assert resumed.position == whole.position
+    assert resumed.epochs == whole.epochs
 
 
 def test_positions_count_epochs_and_pieces(rows_of):
@@ -75,6 +76,16 @@ def test_positions_count_epochs_and_pieces(rows_of):
     assert stream.position == Position(0, 1, 2)
     stream.take(1)
     assert stream.position == Position(1, 1, 1)
+
+
+def test_epochs_have_a_fraction_by_what_was_read(rows_of):
+    stream = rows_of([[10 + i, 20, 30, 40, 50, 60, 70] for i in range(10)], 8).open(0, Position())
+    found = [stream.epochs]
+    for _ in range(25):
+        stream.take(1)
+        found.append(stream.epochs)
+    assert found == pytest.approx([row / 10 for row in range(26)], abs=0.01)
+    assert found[10] == 1
 
 
 def test_a_stream_without_documents_is_an_error(rows_of):

@@ -45,17 +45,19 @@ def test_a_file_may_be_skipped_if_it_is_not_utf8_and_is_counted(text_file):
 
 
 @pytest.mark.parametrize(
-    ("content", "line", "offset"),
+    ("content", "line", "byte"),
     [
-        (b"\xff", 1, 0),
-        (b"fine\nfine too\nbut \xe9t\xe9\n", 3, 18),
-        ("東京\n".encode() * 5 + b"\xe6\x9d", 6, 35),  # cut short in mid-character
-        (b"\xef\xbb\xbfabc\xffd", 1, 6),  # after a byte order mark
-        (b"123456\xe6\x9d", 1, 6),  # cut short where a chunk ends
-        (b"123456\xe6xyz", 1, 6),  # a chunk ends within a bad character
+        (b"\xff", 1, 1),
+        (b"fine\nfine too\nbut \xe9t\xe9\n", 3, 5),
+        ("東京\n".encode() * 5 + b"\xe6\x9d", 6, 1),  # cut short in mid-character
+        (b"\xef\xbb\xbfabc\xffd", 1, 7),  # after a byte order mark
+        (b"123456\xe6\x9d", 1, 7),  # cut short where a chunk ends
+        (b"123456\xe6xyz", 1, 7),  # a chunk ends within a bad character
+        (b"12\n456\xe6xyz", 2, 4),
+        (b"12\n4567\n9\n123\xff", 4, 4),  # in a later chunk than the line's beginning
     ],
 )
-def test_text_that_is_not_utf8_is_refused_with_its_place(text_file, monkeypatch, content, line, offset):
+def test_text_that_is_not_utf8_is_refused_with_its_place(text_file, monkeypatch, content, line, byte):
     monkeypatch.setattr(text_files, "_CHUNK_BYTES", 7)
-    with pytest.raises(DataError, match=rf"latin\.txt, line {line}: byte {offset} \(0x"):
+    with pytest.raises(DataError, match=rf"latin\.txt, line {line}: byte {byte} of the line \(0x"):
         list(text_file(content).pieces(ReadCounts()))

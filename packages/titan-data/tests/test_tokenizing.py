@@ -58,7 +58,7 @@ def test_tokens_are_as_narrow_as_the_vocabulary_allows(target, pieces_source, wo
 
 @pytest.mark.parametrize("pieces", [[], [("", True)], [("  ", True), ("", True)]])
 def test_an_empty_corpus_is_refused(target, pieces_source, words, pieces):
-    with pytest.raises(DataError, match=r"the corpus is empty: 2 files hold 0 tokens.*data\.source"):
+    with pytest.raises(DataError, match=r"the corpus is empty: 2 files, with 0 tokens, and it takes at least 2"):
         tokenize_source(target, pieces_source(*pieces), words())
 
 
@@ -245,6 +245,8 @@ def wait_until(condition):
 def test_no_workers_are_refused(target, lines, bpe_folder):
     with pytest.raises(DataError, match="0 workers cannot tokenize"):
         tokenize_source(target, lines(), load_tokenizer(bpe_folder), workers=0)
+    with pytest.raises(DataError, match="a shard of -5 bytes of text is none"):
+        tokenize_source(target, lines(), load_tokenizer(bpe_folder), shard_bytes=-5)
 
 
 def test_a_faster_engine_is_looked_for_only_for_much_text(target, tmp_path, lines, bpe_folder, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from titan_train import flags
 from titan_train.config import TrainConfig
 from titan_train.config_file import to_json
 from titan_train.configure import configure
@@ -159,6 +160,7 @@ def _second_stage(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
             default=config,
             args=list(arguments),
             config=(tyro.conf.AvoidSubcommands,),
+            registry=flags.registry(),
         )
 
 

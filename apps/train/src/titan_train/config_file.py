@@ -43,7 +43,7 @@ def read_config(path: Path) -> TrainConfig:
         ConfigFileError: if the file is missing, is not such JSON, or holds an unknown field or a wrong type.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(), object_pairs_hook=_object)
     except OSError as error:
         raise ConfigFileError(f"Cannot read the configuration file {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -52,6 +52,15 @@ def read_config(path: Path) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         raise ConfigFileError(f"{path} holds a {type(config).__name__}, not a TrainConfig.")
     return config
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is given twice")
+        found[name] = value
+    return found
 
 
 def _decode(annotation: Any, value: Any, where: str) -> Any:

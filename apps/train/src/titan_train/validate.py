@@ -127,7 +127,6 @@ def _range_problems(config: TrainConfig) -> list[str]:
         if value is not None and not low <= value <= high:  # which NaN is not either
             found.append(f"{name} is {value}; it must lie between {low:,} and {high:,}.")
     places = {
-        "data.source": config.data.source,
         "output": config.output,
         "checkpoint.directory": config.checkpoint.directory,
     }
@@ -259,7 +258,7 @@ def _stream_problems(config: TrainConfig, degrees: Degrees) -> list[str]:
 
 def _data_problems(config: TrainConfig) -> list[str]:
     data = config.data
-    found = data.loader.problems()
+    found = data.problems() + data.loader.problems()
     if data.loader.pin_memory and config.device == "cpu":
         found.append("data.loader.pin_memory is on, and there is no GPU to copy to; leave it out.")
     sections = {"mixture": MixtureConfig(), "sft": SFTConfig(), "stream": StreamConfig()}
@@ -268,6 +267,8 @@ def _data_problems(config: TrainConfig) -> list[str]:
             found.append(
                 f"data.{kind} is set, and data.kind is {data.kind!r}; add --data.kind {kind}, or leave it out."
             )
+    if data.kind == "sft":
+        found += data.sft.problems()
     if data.kind == "mixture":
         found += data.mixture.problems()
         if data.source != DataSection.source:

@@ -6,7 +6,6 @@ Assumes a file system where `rename` is atomic and `flock` works between the mac
 """
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Callable, Generator
@@ -18,15 +17,19 @@ from titan_data.errors import DataError
 Progress = Callable[[str], None]
 T = TypeVar("T")
 
-_CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
-
 
 class DamagedError(Exception):
     """A cached folder is there, but is not what its builder wrote."""
 
 
 def cache_directory(configured: str | None) -> Path:
-    """Returns the folder that holds everything cached: as configured, else by environment, else in the home."""
+    """Returns the folder that holds everything cached: as configured, else by environment, else in the home.
+
+    Raises:
+        DataError: if an empty name is configured, which would be the folder that the program happens to run in.
+    """
+    if configured == "":
+        raise DataError("data.cache_dir is empty; name a folder, or leave it out.")
     if configured is not None:
         return Path(configured).expanduser()
     if path := os.environ.get("TITAN_CACHE"):
@@ -56,9 +59,9 @@ def find_or_build(
         resume: leave to `build` what a killed or interrupted build has written; a failed one's goes all the same.
 
     Raises:
-        DataError: if the cache cannot be written (permissions, a full disk).
+        DataError: if the cache cannot be read or written (permissions, a full disk).
     """
-    with contextlib.suppress(FileNotFoundError, DamagedError):
+    with writing_to(folder), contextlib.suppress(FileNotFoundError, DamagedError):
         return open_folder(folder)
     with writing_to(folder), exclusive(folder, what=what, progress=progress):
         try:
@@ -102,14 +105,27 @@ def exclusive(path: Path, *, what: str, progress: Progress) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def writing_to(path: Path) -> Generator[None]:
-    """Turns the errors of a cache that cannot be written into one that says what to do."""
+def writing_to(
+    path: Path,
+    *,
+    what: str = "the cache",
+    remedy: str = "name another folder with data.cache_dir or the environment variable TITAN_CACHE",
+) -> Generator[None]:
+    """Turns the system's errors while something is written into one that says what to do.
+
+    What is read meanwhile has to report its own errors as `DataError`, which sources do.
+
+    Args:
+        path: where it goes, for messages that the system gives without a file.
+        what: what it is.
+        remedy: what to do besides making room.
+    """
     try:
         yield
+    except DataError:
+        raise
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
+        file, reason = error.filename or path, error.strerror or error
         raise DataError(
-            f"cannot write the cache {path}: {error}. Free some space there, or name another folder with "
-            "data.cache_dir or the environment variable TITAN_CACHE."
+            f"cannot write {what} {file}: {reason}. Make room or change permissions there, or {remedy}."
         ) from error

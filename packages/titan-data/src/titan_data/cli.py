@@ -56,11 +56,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=get_args(Format), default="auto", help="how to read files (by suffix)")
     parser.add_argument("--text-field", default=DataConfig.text_field, help="the field or column with the text")
     parser.add_argument("--template", help='text put together from fields: "{question}\\n{answer}"')
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one for each core)")
-    parser.add_argument("--shard-mb", type=int, default=_DEFAULT_SHARD_MB, help="megabytes of text in a shard, about")
+    parser.add_argument(
+        "--workers", type=_at_least_1, default=os.cpu_count() or 1, help="processes (one for each core)"
+    )
+    parser.add_argument(
+        "--shard-mb", type=_at_least_1, default=_DEFAULT_SHARD_MB, help="megabytes of text in a shard, about"
+    )
     parser.add_argument("--cache-dir", help="for trained tokenizers, hashes and copies of remote files")
     parser.add_argument("--verify", action="store_true", help="read the folder's files again and compare their hashes")
     return parser
+
+
+def _at_least_1(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few; it takes at least 1")
+    return number
 
 
 def _tokenize(options: argparse.Namespace) -> None:
@@ -68,9 +78,10 @@ def _tokenize(options: argparse.Namespace) -> None:
 
     from titan_data.cache import cache_directory, exclusive, writing_to
     from titan_data.dataset import open_tokenizer
+    from titan_data.errors import DataError
     from titan_data.source import source_bytes
     from titan_data.sources import open_source
-    from titan_data.tokenizing import tokenize_source
+    from titan_data.tokenizing import check_folder, tokenize_source
 
     config = DataConfig(
         source=options.source,
@@ -84,9 +95,12 @@ def _tokenize(options: argparse.Namespace) -> None:
     source = open_source(config, cache=cache, progress=_say)
     tokenizer = open_tokenizer(config, source, cache=cache, progress=_say)
     folder: Path = options.folder
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file, and tokens go into a folder. Name another.")
+    shard_bytes = options.shard_mb * 1_000_000
+    check_folder(folder, source, tokenizer, shard_bytes=shard_bytes)  # before anything is written there
     with (
+        writing_to(folder, what="the tokens", remedy="name another FOLDER"),
         exclusive(folder / "tokenize", what="tokens", progress=_say),
         tqdm(total=source_bytes(source), unit="B", unit_scale=True, desc="tokenizing") as bar,
     ):
@@ -103,7 +117,7 @@ def _tokenize(options: argparse.Namespace) -> None:
             source,
             tokenizer,
             workers=options.workers,
-            shard_bytes=options.shard_mb * 1_000_000,
+            shard_bytes=shard_bytes,
             report=report,
         )
     _say(
@@ -117,8 +131,13 @@ def _tokenize(options: argparse.Namespace) -> None:
 def _verify(folder: Path) -> None:
     from titan_data.cache import DamagedError
     from titan_data.errors import DataError, NotFoundError
+    from titan_data.manifest import is_token_folder
     from titan_data.token_store import verify_store
 
+    if folder.exists() and not is_token_folder(folder) and not any(folder.glob("shard-*.tokens.bin")):
+        raise DataError(
+            f"{folder} is no folder of tokens: no shard-*.tokens.bin is in it. Name one that titan-tokenize wrote."
+        )
     try:
         manifest = verify_store(folder).manifest
     except FileNotFoundError as error:

@@ -3,6 +3,7 @@
 Imports nothing but the standard library, so that a command line can show and check it at once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,3 +59,24 @@ class DataConfig:
 
     tokenize_workers: int = field(default=1, metadata=HOW)
     """Processes that tokenize a corpus which is not in the cache yet; 1: this process, with a thread for each core."""
+
+    def problems(self) -> list[str]:
+        """Every value that means nothing, each as one sentence; empty if there is none."""
+        places = {
+            "source": self.source,
+            "tokenizer": self.tokenizer,
+            "text_field": self.text_field,
+            "cache_dir": self.cache_dir,
+        }
+        return [f"data.{name} is empty; name one, or leave it out." for name, value in places.items() if value == ""]
+
+
+def named_problems(what: str, corpora: Mapping[str, str]) -> list[str]:
+    """What is wrong with the names of corpora and with where they lie, each as one sentence.
+
+    Args:
+        what: the field, for messages.
+        corpora: name -> corpus, as in `DataConfig.source`.
+    """
+    found = [f"{what} has an empty name for {corpus!r}; name it." for name, corpus in corpora.items() if not name]
+    return found + [f"{what} names no corpus for {name!r}; name one." for name, corpus in corpora.items() if not corpus]

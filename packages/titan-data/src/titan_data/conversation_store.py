@@ -61,9 +61,16 @@ def open_conversation_store(folder: Path) -> ConversationStore:
 
 
 def store_conversations(
-    folder: Path, conversations: Iterable[Conversation], chat: ChatTokenizer, *, progress: Progress
+    folder: Path, conversations: Iterable[Conversation], chat: ChatTokenizer, *, source: str, progress: Progress
 ) -> None:
     """Tokenizes conversations into a folder.
+
+    Args:
+        folder: where the files go.
+        conversations: in order.
+        chat: makes the tokens.
+        source: where the conversations come from, for messages.
+        progress: is told how far it is.
 
     Raises:
         DataError: for a malformed conversation, naming its place, or if there are none.
@@ -81,7 +88,7 @@ def store_conversations(
                 reported = len(starts)
                 progress(f"tokenizing: {len(starts) - 1:,} conversations, {starts[-1]:,} tokens")
     if len(starts) == 1:
-        raise DataError("the source has no conversations: its files are empty.")
+        raise DataError(f"there are no conversations in {source}. Name files with some.")
     save_array(folder / "starts.npy", np.array(starts, dtype=np.int64))
     for path, dtype in zip(raw, (np.uint32, np.bool_), strict=True):
         save_array(path.with_suffix(".npy"), np.memmap(path, dtype=dtype, mode="r"))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from titan_data.errors import DataError
-from titan_data.source import Record, RecordPart, Source
+from titan_data.source import Record, RecordPart, Source, read_records
 
 Message = dict[str, Any]
 
@@ -69,7 +69,7 @@ def read_conversations(source: Source) -> Iterator[Conversation]:
                 f"{source.describe()}: plain text holds no conversations. Name JSONL, Parquet or Arrow files (with "
                 "data.format, if their names do not tell) whose records have " + _FORMATS + "."
             )
-        for record in part.records():
+        for record in read_records(part):
             yield conversation_of(record)
 
 

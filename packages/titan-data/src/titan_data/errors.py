@@ -1,6 +1,8 @@
 """Errors for data that cannot be used as it is."""
 
+import contextlib
 import importlib
+from collections.abc import Generator
 from types import ModuleType
 
 
@@ -18,6 +20,15 @@ class ReadingError(RuntimeError):
 
 class MissingPackageError(DataError, ImportError):
     """What was asked for takes a package that is not installed; the message names the extra that brings it."""
+
+
+@contextlib.contextmanager
+def about(what: str) -> Generator[None]:
+    """Puts the name of what is being read before the message of any `DataError`: "validation.sets news: ..."."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:

@@ -26,8 +26,11 @@ class FileHash(NamedTuple):
     sha256: str
 
     def still_describes(self, path: Path) -> bool:
-        """Returns whether the file has kept its size and time of change."""
-        status = path.stat()
+        """Returns whether the file is there, and has kept its size and time of change."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
         return (status.st_size, status.st_mtime_ns) == (self.size_bytes, self.mtime_ns)
 
 

@@ -26,7 +26,7 @@ def saved_dataset(folder: Path) -> list[Path] | None:
         names = _json(splits).get("splits") or ["?"]
         raise DataError(
             f"{folder} holds a saved dataset of several splits: {', '.join(names)}. Name one, e.g. "
-            f"data.source {str(folder / names[0])!r}."
+            f"{str(folder / names[0])!r}."
         )
     state_file = folder / "state.json"
     if not (state_file.is_file() and (folder / "dataset_info.json").is_file()):
@@ -59,20 +59,18 @@ def hub_dataset(source: str, *, progress: Progress) -> list[Path]:
     match = _NAME.fullmatch(source)
     if match is None:
         raise DataError(
-            f"data.source {source!r} is not of the form hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or :CONFIG:SPLIT."
+            f"the source {source!r} is not of the form hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or :CONFIG:SPLIT."
         )
     repo, config, split = match["repo"], match["config"] or None, match["split"] or "train"
     if not re.fullmatch(r"\w[\w.]*", split):
-        raise DataError(
-            f"data.source {source!r}: {split!r} is not the name of a whole split; slices are not supported."
-        )
+        raise DataError(f"the source {source!r}: {split!r} is not the name of a whole split; slices are not supported.")
     datasets = import_extra("datasets", extra="hf", purpose="reading datasets of the Hugging Face hub")
     progress(f"opening {repo} with Hugging Face datasets")
     try:
         dataset = datasets.load_dataset(repo, config, split=split)
     except Exception as error:  # the library and its network clients have no common class of errors
         raise DataError(
-            f"cannot open data.source {source!r}: {type(error).__name__}: {error}. Check the name, the config, the "
+            f"cannot open the source {source!r}: {type(error).__name__}: {error}. Check the name, the config, the "
             "split and the network; a private or gated dataset takes HF_TOKEN."
         ) from error
     return [Path(file["filename"]).absolute() for file in dataset.cache_files]

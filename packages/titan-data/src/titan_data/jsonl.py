@@ -95,11 +95,12 @@ def _parse(line: bytes, place: Callable[[], str]) -> dict[str, Any]:
         record = json.loads(line.rstrip())  # a line break would look like part of a text that is cut short
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{place()}: byte {error.start} of the line is not UTF-8 ({error.reason}). Convert the file to UTF-8."
+            f"{place()}: byte {error.start + 1} of the line (0x{error.object[error.start]:02x}) is not UTF-8 "
+            f"({error.reason}). Convert the file to UTF-8."
         ) from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{place()}: not JSON ({error.msg} at column {error.colno}). Each line must be one whole JSON object."
+            f"{place()}: not JSON ({error.msg}: column {error.colno}). Each line must be one whole JSON object."
         ) from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
         raise DataError(f"{place()}: JSON that Python does not read ({error}).") from None

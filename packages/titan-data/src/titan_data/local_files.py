@@ -49,10 +49,10 @@ def find_local(source: str, *, wanted: Callable[[str], bool], looked_for: Iterab
         matches = Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
         paths = sorted((path for path in matches if path.is_file()), key=Path.as_posix)
         if not paths:
-            raise NotFoundError(f"no file matches data.source {source!r} {here}")
+            raise NotFoundError(f"no file matches {source!r} {here}. Check the pattern.")
         return Found(paths)
     raise NotFoundError(
-        f"data.source {source!r} does not exist {here}. Name a file, a folder, a glob or a URL, 'hf:OWNER/NAME' for a "
+        f"there is no corpus {source!r} {here}. Name a file, a folder, a glob or a URL, 'hf:OWNER/NAME' for a "
         "dataset of the Hugging Face hub, or 'stdlib' for the source text of Python's standard library."
     )
 

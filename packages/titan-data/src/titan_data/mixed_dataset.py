@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from titan_data.cache import Progress
 from titan_data.config import DataConfig
 from titan_data.dataset import TokenDataset, open_dataset
-from titan_data.errors import DataError
+from titan_data.errors import DataError, about
 from titan_data.mixture import Mixture
 from titan_data.mixture_config import MixtureConfig
 from titan_data.rows import RowArrays
@@ -95,7 +95,8 @@ def open_mixture(
     for name, source in mixture.sources.items():
         tokenizer = next(iter(datasets.values())).tokenizer if datasets else None
         own = dataclasses.replace(config, source=source)
-        datasets[name] = open_dataset(own, tokenizer=tokenizer, progress=progress)
+        with about(f"data.mixture.sources {name}"):
+            datasets[name] = open_dataset(own, tokenizer=tokenizer, progress=progress)
     mixed = Mixture(
         {
             name: TokenWindows(dataset.store, seq_len=seq_len, confine_attention=config.confine_attention)

@@ -28,18 +28,18 @@ def python_source(source: str) -> Source:
         make = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise NotFoundError(
-            f"data.source {source!r} cannot be imported ({error}). It is read as MODULE:NAME, since there is no such "
+            f"the source {source!r} cannot be imported ({error}). It is read as MODULE:NAME, since there is no such "
             "file: install the module, or add its folder to PYTHONPATH."
         ) from error
     try:
         made = make()
     except Exception as error:  # it is a program of the user's
         raise DataError(
-            f"data.source {source!r} failed when it was called ({type(error).__name__}: {error})."
+            f"the source {source!r} failed when it was called ({type(error).__name__}: {error})."
         ) from error
     if missing := [member for member in _MEMBERS if not hasattr(made, member)]:
         raise DataError(
-            f"data.source {source!r} makes a {type(made).__name__}, which is no source: it has no "
+            f"the source {source!r} makes a {type(made).__name__}, which is no source: it has no "
             f"{', '.join(missing)}. `titan_data.source.Source` says what a source has."
         )
     return made

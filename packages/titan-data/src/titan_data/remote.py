@@ -93,7 +93,9 @@ def find_remote(source: str, *, wanted: Callable[[str], bool]) -> tuple[list[Rem
             found = fs.find(path, detail=True)
         files = {name: info for name, info in found.items() if info["type"] == "file"}
         if not files:
-            raise NotFoundError(f"no file matches data.source {source!r}. Check the name, and the credentials.")
+            if not is_glob:
+                fs.info(path)  # raises the reason, where a search only finds nothing
+            raise NotFoundError(f"there is no corpus {source!r}: no file matches. Check the name, and the credentials.")
         named = is_glob or path in files
         counted = files if named else {name for name in files if wanted(name.removeprefix(path))}
         remote = [_described(fs.unstrip_protocol(name), files[name]) for name in sorted(counted)]
@@ -186,11 +188,14 @@ def _store_errors(url: str) -> Generator[None]:
         raise MissingPackageError(
             f"reading {url} takes a package that cannot be imported ({error}). Install {remedy}."
         ) from error
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{url} does not exist ({error}). Check the name, and the credentials.") from error
     except Exception as error:  # providers have no common class of errors
+        reason: BaseException = error
+        if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
+            reason = error.__cause__  # HTTP's provider calls a host that it cannot reach a missing file
+        if isinstance(reason, FileNotFoundError):
+            raise NotFoundError(f"{url} does not exist ({error}). Check the name, and the credentials.") from error
         raise DataError(
-            f"cannot read {url}: {type(error).__name__}: {error}. Check the name, the network and the credentials."
+            f"cannot read {url}: {type(reason).__name__}: {reason}. Check the name, the network and the credentials."
         ) from error
 
 

@@ -130,7 +130,9 @@ def open_sft(
     store = find_or_build(
         cache / "conversations" / identity[:32],
         open_folder=open_conversation_store,
-        build=lambda folder: store_conversations(folder, read_conversations(source), chat, progress=progress),
+        build=lambda folder: store_conversations(
+            folder, read_conversations(source), chat, source=source.describe(), progress=progress
+        ),
         what="conversations",
         progress=progress,
     )
@@ -147,7 +149,12 @@ def open_sft(
     if not len(packs.conversations):
         raise DataError(
             f"none of the {len(store):,} conversations of {source.describe()} fits into a row of {seq_len} tokens. "
-            "Choose longer rows, or set sft.too_long to 'truncate'."
+            "Choose longer rows, or set data.sft.too_long to 'truncate'."
+        )
+    if 2 * packs.dropped > len(store):
+        progress(
+            f"warning: {packs.dropped:,} of the {len(store):,} conversations of {source.describe()} are left out: they "
+            f"do not fit into a row of {seq_len} tokens. Choose longer rows, or set data.sft.too_long to 'truncate'."
         )
     pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
     rows = PackedConversations(store, packs, seq_len, pad)
@@ -157,8 +164,8 @@ def open_sft(
 def _check(config: DataConfig, sft: SFTConfig, seq_len: int) -> None:
     if seq_len < 1:
         raise DataError(f"seq_len is {seq_len}; a row needs at least 1 token.")
-    if sft.too_long not in ("drop", "truncate"):
-        raise DataError(f"sft.too_long is {sft.too_long!r}; it must be 'drop' or 'truncate'.")
+    if problems := sft.problems():
+        raise DataError(" ".join(problems))
     for name in ("text_field", "template"):
         if getattr(config, name) != getattr(DataConfig, name):
             raise DataError(f"data.{name} is set, but conversations are recognised by their fields. Leave it out.")

@@ -3,8 +3,9 @@
 Imports nothing but the standard library, so that a command line can show and check it at once.
 """
 
+import datetime
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from titan_data.config import WHERE
 
@@ -32,3 +33,21 @@ class SFTConfig:
 
     date: str = "2024-07-26"
     """The day, YYYY-MM-DD, that templates are told which ask for today's: so that the tokens are the same every day."""
+
+    def problems(self) -> list[str]:
+        """Every value that means nothing, each as one sentence; empty if there is none."""
+        found = []
+        if not self.template:
+            found.append("data.sft.template is empty; name a template, or leave it out.")
+        if self.too_long not in get_args(TooLong):
+            found.append(f"data.sft.too_long is {self.too_long!r}; it must be 'drop' or 'truncate'.")
+        if not _is_day(self.date):
+            found.append(f"data.sft.date is {self.date!r}, which is no day; write it as YYYY-MM-DD.")
+        return found
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from titan_data.manifest import FileRecord, ShardRecord, shard_record, write_whole
 from titan_data.pieces import PIECE_CHARS, grouped
-from titan_data.source import Part, Piece, ReadCounts, Source
+from titan_data.source import Part, Piece, ReadCounts, Source, read_part
 from titan_data.tokenizer import Tokenizer
 
 # Text that is tokenized at a time: 32 pieces keep the cores of a large machine busy, and the library's working memory
@@ -98,7 +98,9 @@ def make_shard(shard: Shard, *, folder: Path, dtype: np.dtype, tokenizer: Tokeni
     with scratch.open("wb") as file:
         writer = _Writer(file, dtype, tokenizer)
         left = shard.size_bytes
-        for batch in grouped(itertools.chain.from_iterable(part.pieces(counts) for part in shard.parts), _BATCH_CHARS):
+        for batch in grouped(
+            itertools.chain.from_iterable(read_part(part, counts) for part in shard.parts), _BATCH_CHARS
+        ):
             tokens = writer.add(batch)
             # How far a packed or encoded file has been read is known at its end; until then its text stands for it.
             done = min(left, sum(len(piece.text) for piece in batch))

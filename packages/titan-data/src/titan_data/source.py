@@ -7,9 +7,12 @@ document and each window can be reached in constant time; so a source itself nee
 Another kind of source is a class with these members, given to `dataset.open_dataset`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from titan_data.errors import DataError
 
 
 class Piece(NamedTuple):
@@ -94,8 +97,63 @@ def source_bytes(source: Source) -> int:
     return sum(part.size_bytes for part in source.parts)
 
 
+def read_part(part: Part, counts: ReadCounts) -> Iterator[Piece]:
+    """Yields the documents of a part, which may be anybody's, as `Part.pieces` promises them.
+
+    Raises:
+        DataError: if it yields something else, ends within a document, or cannot be read.
+    """
+    within = False
+    with _reading(part):
+        for piece in part.pieces(counts):
+            if not (isinstance(piece, Piece) and isinstance(piece.text, str)):
+                raise DataError(
+                    f"{_name(part)} yields {_kind(piece)}, and not titan_data.source.Piece(text, ends_document)."
+                )
+            within = not piece.ends_document
+            yield piece
+    if within:
+        raise DataError(
+            f"{_name(part)} ends within a document: the last Piece of a part has ends_document=True, since a document "
+            "lies in one part."
+        )
+
+
+def read_records(part: RecordPart) -> Iterator[Record]:
+    """Yields the records of a part, which may be anybody's.
+
+    Raises:
+        DataError: as `RecordPart.records` does, or if it cannot be read.
+    """
+    with _reading(part):
+        yield from part.records()
+
+
+@contextlib.contextmanager
+def _reading(part: Part) -> Generator[None]:
+    """Says which part the system's errors are about, so that nobody takes them for errors of writing."""
+    try:
+        yield
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{_name(part)} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _name(part: Part) -> str:
+    return f"the source {type(part).__module__}:{type(part).__qualname__}"
+
+
+def _kind(piece: object) -> str:
+    return f"a Piece of {type(piece.text).__name__}" if isinstance(piece, Piece) else f"a {type(piece).__name__}"
+
+
 def all_pieces(source: Source, counts: ReadCounts | None = None) -> Iterator[Piece]:
-    """Yields all documents of a source, one part after the other."""
+    """Yields all documents of a source, one part after the other.
+
+    Raises:
+        DataError: as `read_part` does.
+    """
     counts = counts or ReadCounts()
     for part in source.parts:
-        yield from part.pieces(counts)
+        yield from read_part(part, counts)

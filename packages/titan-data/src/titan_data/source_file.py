@@ -72,6 +72,12 @@ class SourceFile:
             raise DataError(
                 f"{self.name} is not a whole {self.compression} file ({error}). Fetch or compress it again."
             ) from error
+        except DataError:
+            raise
+        except OSError as error:
+            raise DataError(
+                f"cannot read {self.name}: {error.strerror or error}. Check the file and its disk."
+            ) from error
         self.content.check_unchanged()
 
 

@@ -17,6 +17,7 @@ from titan_data.fingerprint import LocalContent, hash_files
 from titan_data.hugging_face_datasets import PREFIX, hub_dataset, saved_dataset
 from titan_data.jsonl import jsonl_parts
 from titan_data.local_files import Found, find_local, find_standard_library, other_files, standard_library_name
+from titan_data.manifest import is_token_folder
 from titan_data.python_source import is_python_name, python_source
 from titan_data.records import TextOf, text_of
 from titan_data.remote import find_remote, is_url, remote_contents
@@ -128,6 +129,11 @@ def open_source(config: DataConfig, *, cache: Path, progress: Progress) -> Sourc
         )
     if config.template is not None and config.text_field != DataConfig.text_field:
         raise DataError("data.text_field and data.template are two ways to say where the text is. Set one of them.")
+    if is_token_folder(Path(config.source).expanduser()):
+        raise DataError(
+            f"{config.source} is tokenized already, and what is wanted here is text. Token folders are read with "
+            "data.kind text and mixture, as they are; for anything else, name the text that they were made of."
+        )
     text = text_of(config.text_field, config.template)
     if not config.source.startswith(PREFIX) and is_python_name(config.source):
         if config.format != "auto" or config.template or config.text_field != DataConfig.text_field:

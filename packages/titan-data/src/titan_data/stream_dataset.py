@@ -12,7 +12,7 @@ from titan_data.dataset import TRAINED, open_tokenizer
 from titan_data.errors import DataError, import_extra
 from titan_data.hugging_face_datasets import PREFIX
 from titan_data.records import TextOf, text_of
-from titan_data.source import Record
+from titan_data.source import Record, all_pieces
 from titan_data.sources import open_source
 from titan_data.stream_config import StreamConfig
 from titan_data.stream_rows import StreamRows
@@ -67,8 +67,10 @@ def open_streams(
         NotFoundError: if the corpus or the tokenizer is not there.
         DataError: if one of them cannot be used, or an option cannot take effect.
     """
-    if stream.streams < 1 or seq_len < 1:
-        raise DataError(f"{stream.streams} streams with rows of {seq_len} tokens: both must be at least 1.")
+    if problems := stream.problems():
+        raise DataError(" ".join(problems))
+    if seq_len < 1:
+        raise DataError(f"seq_len is {seq_len}; a row needs at least 1 token.")
     progress = progress or (lambda message: None)
     cache = cache_directory(config.cache_dir)
     if config.source.startswith(PREFIX):
@@ -78,11 +80,15 @@ def open_streams(
                 "data.tokenizer."
             )
         texts = HubTexts(config.source, text_of(config.text_field, config.template))
+        if not any(texts(0)):
+            raise DataError(f"the corpus is empty: {config.source} has no text. Name one that has some.")
         tokenizer = load_tokenizer(Path(config.tokenizer))
         rows = StreamRows(IterableStreams(texts), tokenizer, stream.streams, seq_len, config.confine_attention)
         identity = f"titan-data hub stream 1, {config.source}, {texts.text.identity}, tokenizer {tokenizer.hash}"
         return StreamDataset(rows, config.source, hashlib.sha256(identity.encode()).hexdigest())
     source = open_source(config, cache=cache, progress=progress)
+    if not any(piece.text for piece in all_pieces(source)):
+        raise DataError(f"the corpus is empty: {source.describe()}, with no text in it. Name one that has some.")
     tokenizer = open_tokenizer(config, source, cache=cache, progress=progress)
     streams = SourceStreams(source, seed, config.shuffle)
     rows = StreamRows(streams, tokenizer, stream.streams, seq_len, config.confine_attention)
@@ -109,7 +115,7 @@ class HubTexts:
             rows = iter(datasets.load_dataset(repo, config, split=split, streaming=True))
         except Exception as error:  # the library and its network clients have no common class of errors
             raise DataError(
-                f"cannot stream data.source {self.source!r}: {type(error).__name__}: {error}. Check the name, the "
+                f"cannot stream the source {self.source!r}: {type(error).__name__}: {error}. Check the name, the "
                 "config, the split and the network; a private or gated dataset takes HF_TOKEN."
             ) from error
         for number in itertools.count():
@@ -129,6 +135,6 @@ def _parse(source: str) -> tuple[str, str | None, str]:
     config, _, split = rest.partition(":")
     if not repo or ":" in split:
         raise DataError(
-            f"data.source {source!r} is not of the form hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or :CONFIG:SPLIT."
+            f"the source {source!r} is not of the form hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or :CONFIG:SPLIT."
         )
     return repo, config or None, split or "train"

@@ -82,13 +82,18 @@ class StreamLoader:
         self._timeout, self._pin_memory = timeout_seconds, pinned_if(pin_memory)
         self._next_batch = 0
         self._positions: _Positions = dict.fromkeys(self._own, Position())
+        self._epochs = dict.fromkeys(self._own, 0.0)
         self._ahead: _Ahead | None = None
         streams.tokenizer.speed_up()
 
     @property
-    def epoch(self) -> int:
-        """How many times the stream of this rank that is furthest behind has been read so far."""
-        return min(position.epoch for position in self._positions.values())
+    def epoch(self) -> float:
+        """How many times the stream of this rank that is furthest behind has been read so far, e.g. 1.37.
+
+        What an epoch has beyond whole ones is by the size of what has been read. It is left out for sources that do not
+        know their size, such as datasets that stream from the hub, and until the first batch after a restart.
+        """
+        return min(self._epochs.values())
 
     def __iter__(self) -> "StreamLoader":
         return self
@@ -104,6 +109,7 @@ class StreamLoader:
             raise
         for result in results:
             self._positions |= result.positions
+            self._epochs |= result.epochs
         self._next_batch += 1
         arrays = {name: np.concatenate([result.arrays[name] for result in results]) for name in results[0].arrays}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -130,6 +136,7 @@ class StreamLoader:
         self.close()
         self._next_batch = next_batch
         self._positions = {stream: Position(*map(int, positions[str(stream)])) for stream in self._own}
+        self._epochs = {stream: float(position.epoch) for stream, position in self._positions.items()}
 
     def close(self) -> None:
         """Stops the thread or the processes; a later `next` starts them again at the right place."""
@@ -164,10 +171,11 @@ class StreamLoader:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of some streams, and where these go on after them."""
+    """Rows of some streams, where these go on after them, and how many times they have been read then."""
 
     arrays: RowArrays
     positions: _Positions
+    epochs: dict[int, float]
 
 
 class _Ahead(Protocol):
@@ -199,7 +207,11 @@ class _Reader:
         arrays = {name: np.concatenate([rows[name] for rows in taken]) for name in taken[0]}
         numbers = np.arange(batch * self.each, (batch + 1) * self.each)
         ids = [numbers * self.streams.streams + stream.stream for stream in opened]
-        return _Rows(arrays | {"sample_ids": np.concatenate(ids)}, {s.stream: s.position for s in opened})
+        return _Rows(
+            arrays | {"sample_ids": np.concatenate(ids)},
+            {stream.stream: stream.position for stream in opened},
+            {stream.stream: stream.epochs for stream in opened},
+        )
 
 
 class _Now:

@@ -20,7 +20,7 @@ from titan_data.errors import DataError
 from titan_data.pieces import PIECE_CHARS, grouped
 from titan_data.rows import RowArrays
 from titan_data.source import Piece
-from titan_data.streams import StreamSource
+from titan_data.streams import EpochProgress, StreamSource
 from titan_data.tokenizer import Tokenizer
 
 # Of text in a group: enough to keep the tokenizer busy, and little to tokenize again when a run resumes.
@@ -39,6 +39,8 @@ class Position(NamedTuple):
 
 class _Group(NamedTuple):
     start: Position
+    read: tuple[float, float]
+    """How much of the epoch is read before and after it."""
     tokens: NDArray[np.uint32]
     begins: NDArray[np.bool_]
     """Whether a document begins with the token."""
@@ -72,6 +74,15 @@ class OpenStream:
 
     def __post_init__(self) -> None:
         self._ahead = self._tokenize(self.position)
+
+    @property
+    def epochs(self) -> float:
+        """How many times the stream has been read, as far as its source knows; whole until the first row is taken."""
+        if not self._groups:
+            return float(self.position.epoch)
+        group = self._groups[0]
+        before, after = group.read
+        return self.position.epoch + before + (after - before) * self.position.tokens / len(group.tokens)
 
     def take(self, count: int) -> RowArrays:
         """Returns the next rows: four int64 [count, seq_len], as `rows.py` describes them.
@@ -124,14 +135,19 @@ class OpenStream:
         beginning = True
         while True:
             found = done > 0
-            pieces = itertools.islice(self.rows.source.pieces(self.stream, self.rows.streams, epoch), done, None)
+            progress = EpochProgress()
+            pieces = self.rows.source.pieces(self.stream, self.rows.streams, epoch, progress)
+            for _ in itertools.islice(pieces, done):
+                pass  # consumed before the position
+            before = progress.share
             for group in grouped(pieces, _GROUP_CHARS):
                 tokens, begins = self._encode(group, beginning)
                 beginning = group[-1].ends_document
                 if len(tokens):
                     found = True
-                    yield _Group(Position(epoch, done), tokens, begins)
+                    yield _Group(Position(epoch, done), (before, progress.share), tokens, begins)
                 done += len(group)
+                before = progress.share
             if not found:
                 raise DataError(
                     f"stream {self.stream} of {self.rows.streams} has no documents. Choose fewer streams: each needs "

@@ -46,7 +46,7 @@ class TextFile:
 
     def _decoded(self) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
-        read, lines = 0, 1
+        read, lines, line_start = 0, 1, 0
         with self.file.open() as file:
             while True:
                 chunk = file.read(_CHUNK_BYTES)
@@ -54,14 +54,20 @@ class TextFile:
                     text = decoder.decode(chunk, final=not chunk)
                 except UnicodeDecodeError as error:
                     # error.object is this chunk, preceded by the beginning of a character that the last one cut short
-                    offset = read + len(chunk) - len(error.object) + error.start
-                    line = lines + error.object[: error.start].count(b"\n")
+                    before = error.object[: error.start]
+                    position = read + len(chunk) - len(error.object) + error.start
+                    if b"\n" in before:
+                        line_start = position - len(before) + before.rindex(b"\n") + 1
+                    line = lines + before.count(b"\n")
                     raise DataError(
-                        f"{self.file.name}, line {line}: byte {offset} (0x{error.object[error.start]:02x}) is not "
-                        f"UTF-8 ({error.reason}). Convert the file to UTF-8, or take it out of the corpus."
+                        f"{self.file.name}, line {line}: byte {position - line_start + 1} of the line "
+                        f"(0x{error.object[error.start]:02x}) is not UTF-8 ({error.reason}). Convert the file to "
+                        "UTF-8, or take it out of the corpus."
                     ) from None
                 if not chunk:
                     return
                 yield text.removeprefix("\ufeff") if read == 0 else text
+                if b"\n" in chunk:
+                    line_start = read + chunk.rindex(b"\n") + 1
+                    lines += chunk.count(b"\n")
                 read += len(chunk)
-                lines += chunk.count(b"\n")

@@ -13,7 +13,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -37,6 +36,7 @@ from titan_data.manifest import (
     write_manifest,
     write_whole,
 )
+from titan_data.orphans import end_with_parent
 from titan_data.shards import PASSING_FILES, Report, Shard, finished_shard, make_shard, plan_shards
 from titan_data.source import Source, source_bytes
 from titan_data.threads import one_thread
@@ -81,14 +81,15 @@ def tokenize_source(
     """
     if workers < 1:
         raise DataError(f"{workers} workers cannot tokenize; it takes at least 1.")
+    if shard_bytes < 1:
+        raise DataError(f"a shard of {shard_bytes} bytes of text is none; it takes at least 1.")
     report = report or (lambda size, tokens: None)
-    fingerprint = stream_fingerprint(source, tokenizer)
-    if (folder / MANIFEST).exists():
-        manifest = _existing(folder, fingerprint)
+    if manifest := check_folder(folder, source, tokenizer, shard_bytes=shard_bytes):
+        _clear_up(folder)  # killed after the manifest was written
         report(source_bytes(source), manifest.tokens)
         return manifest
     shards = plan_shards(source, shard_bytes)
-    _agree_on_plan(folder, {"format": FORMAT, "fingerprint": fingerprint, "shard_bytes": shard_bytes})
+    write_whole(folder / PLAN, _plan(source, tokenizer, shard_bytes))
     if source_bytes(source) > _MUCH_BYTES:
         tokenizer.speed_up()
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
@@ -109,12 +110,12 @@ def tokenize_source(
     ordered = [records[shard.index] for shard in shards]
     if sum(record.tokens for record in ordered) < 2:
         raise DataError(
-            f"the corpus is empty: {source.describe()} hold {sum(record.tokens for record in ordered)} tokens, and "
-            "training takes at least 2. Check what data.source names."
+            f"the corpus is empty: {source.describe()}, with {sum(record.tokens for record in ordered)} tokens, and it "
+            "takes at least 2. Name one with text."
         )
     manifest = Manifest(
         format=FORMAT,
-        fingerprint=fingerprint,
+        fingerprint=stream_fingerprint(source, tokenizer),
         source=source.describe(),
         tokenizer=_save_tokenizer(folder, tokenizer),
         token_type=dtype.name,
@@ -126,18 +127,44 @@ def tokenize_source(
     return manifest
 
 
-def _existing(folder: Path, fingerprint: str) -> Manifest:
-    try:
-        manifest = read_manifest(folder)
-    except DamagedError as error:
-        raise DataError(f"the tokens in {folder} are damaged ({error}). Delete the folder to build it anew.") from error
-    if manifest.fingerprint != fingerprint:
-        raise DataError(
-            f"{folder} holds other tokens: those of {manifest.source}, made by {manifest.tokenizer.name}. "
-            "Choose another folder, or delete this one."
-        )
-    _clear_up(folder)  # killed after the manifest was written
-    return manifest
+def check_folder(
+    folder: Path, source: Source, tokenizer: Tokenizer, *, shard_bytes: int = SHARD_BYTES
+) -> Manifest | None:
+    """Returns the manifest if these tokens stand in the folder already, None if they may be written there.
+
+    Raises:
+        DataError: if something else stands there, or was begun.
+    """
+    if (folder / MANIFEST).exists():
+        try:
+            manifest = read_manifest(folder)
+        except DamagedError as error:
+            raise DataError(
+                f"the tokens in {folder} are damaged ({error}). Delete the folder to build it anew."
+            ) from error
+        if manifest.fingerprint != stream_fingerprint(source, tokenizer):
+            raise DataError(
+                f"{folder} holds other tokens: those of {manifest.source}, made by {manifest.tokenizer.name}. "
+                "Choose another folder, or delete this one."
+            )
+        return manifest
+    if (folder / PLAN).exists():
+        if (folder / PLAN).read_bytes() != _plan(source, tokenizer, shard_bytes):
+            raise DataError(
+                f"{folder} holds a build of another corpus or tokenizer, or with other shards, that was not finished. "
+                "Choose another folder, or delete this one."
+            )
+        return None
+    present = folder.iterdir() if folder.exists() else ()
+    if strange := [path.name for path in present if path.suffix not in (".lock", ".partial")]:
+        raise DataError(f"{folder} is not empty: it holds {min(strange)}. Choose another folder.")
+    return None
+
+
+def _plan(source: Source, tokenizer: Tokenizer, shard_bytes: int) -> bytes:
+    """What is being built, as it is noted while it is."""
+    fingerprint = stream_fingerprint(source, tokenizer)
+    return json.dumps({"format": FORMAT, "fingerprint": fingerprint, "shard_bytes": shard_bytes}).encode()
 
 
 def _clear_up(folder: Path) -> None:
@@ -161,22 +188,6 @@ def messages(progress: Progress, total_bytes: int) -> Report:
             progress(f"tokenizing: {done[0] / max(1, total_bytes):.0%} of the text, {done[1]:,} tokens")
 
     return report
-
-
-def _agree_on_plan(folder: Path, plan: dict[str, int | str]) -> None:
-    """Notes what is being built, and refuses a folder in which something else was begun, or stands."""
-    content = json.dumps(plan).encode()
-    if (folder / PLAN).exists():
-        if (folder / PLAN).read_bytes() != content:
-            raise DataError(
-                f"{folder} holds a build of another corpus or tokenizer, or with other shards, that was not finished. "
-                "Choose another folder, or delete this one."
-            )
-        return
-    strange = [path.name for path in folder.iterdir() if path.suffix not in (".lock", ".partial")]
-    if strange:
-        raise DataError(f"{folder} is not empty: it holds {min(strange)}. Choose another folder.")
-    write_whole(folder / PLAN, content)
 
 
 def _in_processes(
@@ -207,16 +218,9 @@ _worker_tokenizer: Tokenizer
 
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     one_thread()
     _worker_tokenizer = tokenizer
-
-
-def _end_with_parent() -> None:
-    """Ends a worker whose parent was killed, which would wait for work for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
 
 
 def _work(make: Callable[..., ShardRecord], shard: Shard) -> ShardRecord:

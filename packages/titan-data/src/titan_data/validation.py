@@ -41,7 +41,7 @@ class ValidationSet:
         if max_rows is not None and max_rows < 1:
             raise DataError(f"validation.max_rows is {max_rows}; it must be at least 1.")
         if not len(rows):
-            raise DataError(f"the validation set {name} has no rows.")
+            raise DataError(f"the validation set {name} has no rows. Choose a corpus that has some.")
         self.name, self._rows, self._tokenizer = name, rows, tokenizer
         count = len(rows) if max_rows is None else min(max_rows, len(rows))
         self._chosen = np.arange(count, dtype=np.int64) * len(rows) // count

@@ -3,7 +3,8 @@
 Results come in order, each from one worker. The sequence can begin at any number, so no state of a worker is kept.
 
 Workers are forked from a server that has only imported this package (Python's "forkserver"): not from the training
-process, whose GPU and threads do not survive a fork. What they are given has to be picklable.
+process, whose GPU and threads do not survive a fork. What they are given has to be picklable. When the training process
+is gone, however it ended, so are they and, after the last of them, the server.
 
 A worker that dies, or takes longer over one result than it may, is an error within some five seconds of it: the worker
 watches itself, writes down where it is, and ends.
@@ -25,6 +26,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_data.errors import ReadingError
+from titan_data.orphans import end_with_parent
 from titan_data.threads import one_thread
 
 T = TypeVar("T")
@@ -87,6 +89,7 @@ class WorkerProcesses(Generic[T]):
                 prefetch_factor=-(-depth // workers),
                 collate_fn=_unchanged,
                 multiprocessing_context=context,
+                worker_init_fn=_start,
                 snapshot_every_n_steps=_NEVER,
             )
         try:
@@ -154,14 +157,18 @@ class _Numbered(Dataset):
 
     def __getitem__(self, index: int) -> object:
         if self._where is None:
-            torch.set_num_threads(1)
-            one_thread()
             self._where = (self._folder / f"{os.getpid()}.txt").open("w")
         faulthandler.dump_traceback_later(self._timeout, exit=True, file=self._where)
         try:
             return self._read(index)
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _start(worker: int) -> None:
+    end_with_parent()  # the loader's own watchdog looks at the server instead
+    torch.set_num_threads(1)
+    one_thread()
 
 
 def _unchanged(item: T) -> T:
