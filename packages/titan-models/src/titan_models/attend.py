@@ -12,7 +12,7 @@ Dimensions: B rows, S sequence, N query heads, K key heads (N is a multiple of K
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int)
 
     # No document is longer than a row; the exact length would have to be waited for.
     options = {"window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest, **options))
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
