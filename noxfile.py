@@ -4,11 +4,13 @@ lint           style, types, walls between packages, declared dependencies, spel
 packages       each package and app alone: its wheel, its declared dependencies, its own tests
 wheels         all wheels together: versions that refuse each other fail here
 together       what needs several packages: real runs in one process and many
+browser        the run report in headless Chromium, which is fetched if it is not installed
 slow           long sweeps, not part of the default
 gpu_tests      a member's tests on a GPU; without one they fail rather than skip
 """
 
 import os
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -30,7 +32,7 @@ SPELLED = ("README.md", "CONTRIBUTING.md", "noxfile.py", "packages", "apps", "te
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "packages", "wheels", "together"]
+nox.options.sessions = ["lint", "packages", "wheels", "together", "browser"]
 
 if sys.platform not in ("linux", "darwin"):
     sys.exit(f"titan is tested on Linux and macOS, not on {sys.platform}; on Windows use WSL 2.")
@@ -64,6 +66,9 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     session.run("pytest", "--durations=5", "--quiet", *arguments, *session.posargs, env=TEST_ENV)
 
 
+# What `packages` and `together` run.
+DEFAULT = "not slow and not gpu and not browser"
+
 # Most tests wait for processes that start, one after another, on a machine that has more than one core.
 SIDE_BY_SIDE = ("--numprocesses=2", "--dist=worksteal")
 
@@ -91,7 +96,7 @@ def lint(session: nox.Session) -> None:
 def packages(session: nox.Session, member: str) -> None:
     """Tests one member alone, in an environment that has only what it declares."""
     install_member(session, member)
-    pytest(session, *SIDE_BY_SIDE, "-m", "not slow and not gpu", str(FOLDERS[member] / "tests"))
+    pytest(session, *SIDE_BY_SIDE, "-m", DEFAULT, str(FOLDERS[member] / "tests"))
 
 
 @nox.session
@@ -101,6 +106,7 @@ def wheels(session: nox.Session) -> None:
     session.run("uv", "pip", "check", external=True)
     session.run("titan-train", "--print-config", silent=True)
     session.run("titan-convert", "--help", silent=True)
+    session.run("titan-report", "--help", silent=True)
 
 
 @nox.session
@@ -108,7 +114,24 @@ def together(session: nox.Session) -> None:
     """Tests that need several packages: layouts, resume, the command line, the README."""
     session.install(*build_wheels(session, *PACKAGES, *APPS))
     session.install("--group", "test")
-    pytest(session, *SIDE_BY_SIDE, "-m", "not slow and not gpu", "tests")
+    pytest(session, *SIDE_BY_SIDE, "-m", DEFAULT, "tests")
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """Opens the run report in headless Chromium: $CHROMIUM, one on the PATH, or one that is fetched."""
+    install_member(session, "titan-metrics")
+    session.install("--group", f"{FOLDERS['titan-metrics'] / 'pyproject.toml'}:browser")
+    known = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    chromium = os.environ.get("CHROMIUM") or next(filter(None, known), None)
+    if chromium is None and (sys.platform, platform.machine()) == ("linux", "x86_64"):
+        folder = Path(session.create_tmp()) / "chromium"
+        session.run("python", str(ROOT / "scripts" / "chromium.py"), str(folder))
+        chromium = str(folder / "start-chromium")
+    elif chromium is None:
+        session.run("playwright", "install", "chromium")  # where the tests look for it
+    session.env["CHROMIUM"] = chromium or ""
+    pytest(session, "-m", "browser", str(FOLDERS["titan-metrics"] / "tests" / "report"))
 
 
 @nox.session

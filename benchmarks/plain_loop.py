@@ -54,12 +54,13 @@ def titan_side(dtype: str, model: Llama3Config = MODEL):
     """Returns a function that takes one of our steps."""
     from titan_data.dataset import open_dataset
     from titan_train.environment import environment
+    from titan_train.recorder import Recorder
     from titan_train.trainer import Trainer
     from titan_train.votes import Votes
 
     config = make_config(dtype, model)
     with environment(config) as env:
-        trainer = Trainer(config, env, open_dataset(config.data), {})
+        trainer = Trainer(config, env, open_dataset(config.data), {}, Recorder(config, env))
         return lambda: trainer.step(Votes())
 
 

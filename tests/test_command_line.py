@@ -120,11 +120,11 @@ def test_raising_the_steps_keeps_the_end_of_the_decay(tiny, tmp_path):
         (signal.SIGUSR1, 2, 0),
     ],
 )
-def test_a_signal_saves_and_ends_and_the_run_goes_on(corpus, tmp_path, number, ranks, code):
+def test_a_signal_saves_and_ends_and_the_run_goes_on(corpus, tmp_path, start, number, ranks, code):
     run = tmp_path / "run"
     flags = [*TINY_FLAGS, "--data.source", corpus, "--training.steps=100000", "--output", run]
     flags += ["--metrics.log-every=1", "--metrics.no-console", "--checkpoint.every=0"]
-    process = subprocess.Popen(command(*flags, ranks=ranks), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(*flags, ranks=ranks)
     log = run / "metrics.jsonl"
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 3)
     assert status(run)["status"] == "running"
@@ -132,7 +132,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(corpus, tmp_path, number, r
         os.kill(workers(process.pid)[-1], number)  # one of the ranks only
     else:
         process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert "Interrupted after step" in out, err
     assert process.returncode == code or code is None
     done = len(curve(metrics(run)))
@@ -146,14 +146,14 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(corpus, tmp_path, number, r
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_while_a_run_starts_ends_it_before_its_first_step(corpus, tmp_path, ranks):
+def test_a_signal_while_a_run_starts_ends_it_before_its_first_step(corpus, tmp_path, start, ranks):
     run = tmp_path / "run"
     flags = [*TINY_FLAGS, "--data.source", corpus, "--training.steps=100000", "--output", run, "--metrics.log-every=1"]
-    process = subprocess.Popen(command(*flags, ranks=ranks), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(*flags, ranks=ranks)
     wait_for(lambda: (run / "status.json").exists())
     for worker in workers(process.pid) if ranks > 1 else [process.pid]:
         os.kill(worker, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == (75 if ranks == 1 else 0), err
     assert status(run)["status"] == "preempted"
     assert not (run / "checkpoints").exists()
@@ -169,7 +169,26 @@ def workers(torchrun):
     return [int(child) for child in found if "titan_train" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
-def wait_for(condition, seconds=60):
+@pytest.fixture
+def start():
+    """Starts the command, on ranks or alone, and leaves none of its processes behind."""
+    started = []
+
+    def begin(*flags, ranks=1):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command(*flags, ranks=ranks), **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            for worker in workers(process.pid):
+                os.kill(worker, signal.SIGKILL)
+            process.kill()
+        process.communicate()
+
+
+def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
@@ -326,11 +345,11 @@ def test_no_whole_checkpoint_where_one_is_required(tiny, tmp_path):
     assert "None of the checkpoints" in error
 
 
-def test_a_second_writer_is_refused(tiny, tmp_path):
+def test_a_second_writer_is_refused(tiny, tmp_path, start):
     config = change(tiny, **{"training.steps": 10**6, "schedule.total_steps": 10**6, "output": str(tmp_path / "run")})
     path = tmp_path / "config.json"
     path.write_text(to_json(config))
-    first = subprocess.Popen(command("--config", path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = start("--config", path)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
     assert f"in use by another titan-train (process {first.pid}" in refused(titan_train("--config", path))
     first.kill()

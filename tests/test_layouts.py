@@ -13,6 +13,7 @@ from titan_core.optim import ModelState
 from titan_data.dataset import open_dataset
 from titan_models.config import MoEConfig
 from titan_train.environment import environment
+from titan_train.recorder import Recorder
 from titan_train.trainer import Trainer
 
 LAYOUTS = {
@@ -111,7 +112,8 @@ def test_bfloat16_mixed_precision_agrees_across_layouts(tiny, expected, tmp_path
 def test_initial_weights_are_bitwise_equal(tiny, degrees):
     def weights(config):
         with environment(config) as env:
-            state = ModelState(Trainer(config, env, open_dataset(config.data), {}).model).state_dict()
+            record = Recorder(config, env)
+            state = ModelState(Trainer(config, env, open_dataset(config.data), {}, record).model).state_dict()
             return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
 
     alone = weights(tiny)

@@ -14,7 +14,7 @@ VALUES = {
     "lr": 3e-4,
     "tokens_per_second": 12345.6,
     "mfu": 0.412,
-    "memory_peak_bytes": 1.2 * 2**30,
+    "memory.peak": 1.2 * 2**30,
 }
 
 
@@ -39,7 +39,14 @@ def test_a_line_holds_what_one_wants_at_a_glance():
 def test_missing_values_are_left_out_and_others_shown():
     stream = io.StringIO()
     sink = ConsoleSink(4, stream=stream, clock=Clock())
-    values = {"accuracy": 0.98764, "phase": "[warm]", "tokens": 512, "step_seconds": 1.0, "grad_norm/layers.0": 2.0}
+    values = {
+        "accuracy": 0.98764,
+        "phase": "[warm]",
+        "tokens": 512,
+        "step_seconds": 1.0,
+        "time.other": 0.1,
+        "norms.gradient.layers.0": 2.0,
+    }
     sink.log(4, values)
     assert stream.getvalue() == "step 4/4  accuracy 0.9876  phase [warm]\n"
 
@@ -130,6 +137,18 @@ def test_the_bar_does_not_read_markup_in_values(terminal):
     sink.log(1, {"phase": "[bold]x[/]"})
     sink.close()
     assert "phase [bold]x[/]" in visible(read())
+
+
+def test_colours_are_left_out_where_nobody_wants_them(terminal, monkeypatch):
+    stream, read = terminal
+    ConsoleSink(10, stream=stream).log(5, {"loss": 1.0})
+    coloured = re.compile(r"\x1b\[[0-9;]*[39][0-7]m")
+    assert coloured.search(read())
+    monkeypatch.setenv("NO_COLOR", "1")
+    ConsoleSink(10, stream=stream).log(5, {"loss": 1.0})
+    plain = read()
+    assert "step 5/10" in visible(plain)
+    assert not coloured.search(plain)
 
 
 def test_a_dumb_terminal_gets_lines(terminal, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_metrics.jsonl import JsonlSink, resume_jsonl
+from titan_metrics.jsonl import JsonlSink, read_jsonl, resume_jsonl
 
 
 def write(path, *steps):
@@ -130,3 +130,17 @@ def test_it_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda self, to: (order.append(to.name), real_replace(self, to)))
     resume_jsonl(path, 1)
     assert order == ["sync", "metrics.redone.jsonl", "sync", "metrics.jsonl"]
+
+
+def test_a_file_that_is_being_written_is_read_as_far_as_it_goes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert list(read_jsonl(path)) == []
+    path.write_text('{"step": 1}\nno json\n[1]\n{"step": 2}\n{"step": 3}')
+    assert list(read_jsonl(path)) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_clock_dates_each_line(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl", clock=lambda: 12.5)
+    sink.log(1, {"loss": 2.0})
+    sink.close()
+    assert list(read_jsonl(tmp_path / "metrics.jsonl")) == [{"step": 1, "time": 12.5, "loss": 2.0}]

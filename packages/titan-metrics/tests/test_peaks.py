@@ -1,6 +1,6 @@
 import pytest
 
-from titan_metrics.peaks import peak_flops
+from titan_metrics.peaks import mixed_peak, peak_flops
 
 # Dense peaks follow from the chip as well: units x FLOPs a unit and clock x GHz at boost. This checks the table against
 # something that is not the datasheet's own number; a sparse peak would be out by two.
@@ -24,6 +24,9 @@ FROM_THE_CHIP = [
     ("AMD Instinct MI325X", "float8", 304 * 4096 * 2.100),
     ("AMD Instinct MI355X", "bfloat16", 256 * 4096 * 2.400),
     ("AMD Instinct MI355X", "float8", 256 * 8192 * 2.400),
+    ("NVIDIA B200", "float4", 148 * 32768 * 1.860),
+    ("NVIDIA GeForce RTX 5090", "float4", 170 * 4096 * 2.407),
+    ("AMD Instinct MI355X", "float4", 256 * 16384 * 2.400),
 ]
 
 
@@ -72,8 +75,32 @@ def test_unknown_devices_have_no_guessed_peak(device):
 
 @pytest.mark.parametrize(
     ("device", "dtype"),
-    [("Tesla V100-SXM2-32GB", "bfloat16"), ("NVIDIA A100-SXM4-80GB", "float8"), ("NVIDIA B200", "float64")],
+    [
+        ("Tesla V100-SXM2-32GB", "bfloat16"),
+        ("NVIDIA A100-SXM4-80GB", "float8"),
+        ("NVIDIA H200", "float4"),
+        ("NVIDIA B200", "float64"),
+    ],
 )
 def test_arithmetic_that_is_lacking_or_unlisted_has_no_peak(device, dtype):
     assert peak_flops(device, "float32") is not None
     assert peak_flops(device, dtype) is None
+
+
+def test_a_mixed_peak_is_the_time_that_each_part_takes():
+    # 3/4 of the work at 1979 TFLOP/s and 1/4 at half of that take 0.75 + 0.5 units of time.
+    mixed = mixed_peak("NVIDIA H100 80GB HBM3", {"float8": 0.75, "bfloat16": 0.25})
+    assert mixed == pytest.approx(1979e12 / 1.25)
+    assert mixed_peak("NVIDIA H100 80GB HBM3", {"bfloat16": 1.0}) == peak_flops("NVIDIA H100 80GB HBM3")
+
+
+def test_a_mix_with_an_unknown_part_has_no_peak():
+    assert mixed_peak("NVIDIA A100-SXM4-80GB", {"float8": 0.5, "bfloat16": 0.5}) is None
+    assert mixed_peak("NVIDIA A100-SXM4-80GB", {"float8": 0.0, "bfloat16": 1.0}) is not None
+    assert mixed_peak("cpu", {"bfloat16": 1.0}) is None
+
+
+@pytest.mark.parametrize("shares", [{}, {"bfloat16": 0.5}, {"bfloat16": 1.5, "float8": -0.5}])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="together they are 1"):
+        mixed_peak("NVIDIA B200", shares)

@@ -1,6 +1,7 @@
 import json
 import logging
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -34,7 +35,9 @@ class Broken(Recorder):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records, without when they were written."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "time"} for record in records]
 
 
 def test_every_sink_gets_every_line_and_is_closed_once():
@@ -99,9 +102,18 @@ def test_a_value_that_is_no_plain_number_is_the_callers_error(value):
     assert recorder.lines == []
 
 
-def test_step_is_no_metric():
-    with pytest.raises(ValueError, match="step"):
-        Sinks({}).log(1, {"step": 2})
+@pytest.mark.parametrize("name", ["step", "time"])
+def test_what_each_line_has_anyway_is_no_metric(name):
+    with pytest.raises(ValueError, match=name):
+        Sinks({}).log(1, {name: 2})
+
+
+def test_lines_say_when_they_were_logged(tmp_path):
+    before = time.time()
+    with build_sinks(MetricsConfig(console=False), tmp_path, 2) as sinks:
+        sinks.log(1, {"loss": 1.5})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert before <= json.loads(line)["time"] <= time.time()
 
 
 def test_the_default_sinks_are_console_and_jsonl(tmp_path, capsys):

@@ -15,7 +15,7 @@ from titan_data.mixture_config import MixtureConfig
 from titan_data.sft_config import SFTConfig
 from titan_data.stream_config import StreamConfig
 from titan_data.validation_config import ValidationConfig
-from titan_metrics.config import MetricsConfig
+from titan_metrics.config import DebugConfig, MetricsConfig, ProfilingConfig, SpansConfig, WatchdogConfig
 from titan_models.config import DecoderConfig
 from titan_quant.config import LoRAConfig, MixedPrecision, QuantConfig
 
@@ -137,3 +137,11 @@ class TrainConfig:
     """What the model is tested on while it trains."""
     metrics: MetricsConfig = field(default=MetricsConfig(), metadata=WHERE)
     """What is logged, and where to."""
+    spans: SpansConfig = field(default=SpansConfig(), metadata=WHERE)
+    """Phases of each step, rank by rank."""
+    profiling: ProfilingConfig = field(default=ProfilingConfig(), metadata=WHERE)
+    """Profiles and photographs of memory."""
+    watchdog: WatchdogConfig = field(default=WatchdogConfig(), metadata=WHERE)
+    """What happens when no step ends."""
+    debug: DebugConfig = field(default=DebugConfig(), metadata=WHERE)
+    """Slow checks."""

@@ -52,6 +52,11 @@ class Environment:
         return self.meshes is None or all(self.meshes.data.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
 
     @property
+    def counts_rows(self) -> bool:
+        """Whether what this process knows of its rows counts, where ranks with the same rows are added up."""
+        return self.meshes is None or all(self.meshes.data.get_local_rank(axis) == 0 for axis in ("pp", "cp"))
+
+    @property
     def stages(self) -> dist.ProcessGroup | None:
         """The ranks that hold other stages of the same pipeline, with this one; None without a pipeline."""
         return self.meshes.group("pp") if self.meshes is not None and self.degrees.pp > 1 else None

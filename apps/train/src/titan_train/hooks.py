@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+import torch
 from torch import Tensor
 
 from titan_ckpt.checkpoint import Checkpoint
+from titan_metrics.accumulator import DeferredLog, Reading
 from titan_metrics.jsonl import JsonlSink, resume_jsonl
 from titan_metrics.memory import memory
 from titan_metrics.meter import Meter
-from titan_metrics.peaks import peak_flops
+from titan_metrics.peaks import mixed_peak
 from titan_metrics.sinks import Sinks, build_sinks
 from titan_models.facts import training_flops_per_token
-from titan_quant.flops import mixed_peak
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
+from titan_train.recorder import Recorder
 from titan_train.rewrites import Rewrites
 from titan_train.votes import Votes
 
@@ -39,8 +41,14 @@ class Step:
     """Global norm of the gradients before clipping: a scalar."""
     lr: float
     """Learning rate of the step."""
+    lrs: Mapping[str, float]
+    """Number of each of the optimizer's groups -> its learning rate, if they differ."""
+    own_share: float
+    """This data-parallel rank's labels, as a share of those of the global batch."""
     tokens: int
     """Tokens in the step's global batch."""
+    seen_tokens: int
+    """How many tokens each of them sees, itself included: the sum over the global batch."""
     total_tokens: int
     """Tokens in all steps so far."""
     epoch: float
@@ -73,37 +81,69 @@ class Hook:
 
 
 class LogMetrics(Hook):
-    """Logs the first, the last and every n-th step; rank 0 has the sinks, the others help to add up."""
+    """Logs the first, the last and every n-th step; rank 0 has the sinks, the others help to add up.
 
-    def __init__(self, env: Environment, meter: Meter, sinks: Sinks | None, every: int, loads: Sinks | None) -> None:
-        self._env, self._meter, self._sinks, self._every = env, meter, sinks, every
+    Tensors are not waited for: a line is written when the device has delivered its numbers, or with the next one.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        env: Environment,
+        meter: Meter,
+        sinks: Sinks | None,
+        loads: Sinks | None,
+        record: Recorder,
+    ) -> None:
+        self._env, self._meter, self._sinks, self._loads, self._record = env, meter, sinks, loads, record
+        self._log = DeferredLog(sinks) if sinks is not None else None
+        self._every = config.metrics.log_every
+        model, seq_len = config.model, config.training.seq_len
+        self._flops, one_more = (training_flops_per_token(model, seq_len, seen=seen) for seen in (0.0, 1.0))
+        self._flops_per_seen = one_more - self._flops
         self._first: int | None = None
-        self._loads = loads
         self._saving_seconds = 0.0
         self._added: dict[str, float] = {}
 
     def end_step(self, step: Step) -> None:
-        """Reads the step's tensors if it is to be logged, which waits for the device."""
-        self._meter.add(tokens=step.tokens, data_wait_seconds=step.data_wait_seconds)
+        """Collects what is to be logged of the step, if it is."""
+        flops = step.tokens * self._flops + step.seen_tokens * self._flops_per_seen
+        self._meter.add(tokens=step.tokens, data_wait_seconds=step.data_wait_seconds, flops=flops)
         first = self._first is None
         self._first = step.number if first else self._first
-        if not (first or step.is_last or self._added or step.number % self._every == 0):
+        norms = self._record.take_norms()
+        if not (first or step.is_last or self._added or norms or step.number % self._every == 0):
             return
-        loss = self._env.sum_loss(step.loss.clone()).item()
         values: dict[str, float | int | str] = {
-            "loss": loss,
-            "grad_norm": step.grad_norm.item(),
             "lr": step.lr,
+            **{f"lr.{name}": lr for name, lr in step.lrs.items()},
             "tokens": step.total_tokens,
             "epoch": step.epoch,
             **{f"epoch.{name}": epoch for name, epoch in step.epochs.items()},
             "checkpoint_seconds": self._saving_seconds,
         }
         self._saving_seconds = 0.0
-        values |= self._meter.read() | memory(self._env.device.type) | self._expert_loads(step)
-        if self._sinks is not None:
-            self._sinks.log(step.number, values | self._added)
+        values |= self._expert_loads(step) | self._added
         self._added = {}
+        numbers = self._loss(step)
+        phases = self._record.spans.read()
+        values |= self._meter.read() | phases | memory(self._env.device.type)
+        worked = phases.get("time.forward_backward", 0.0) + phases.get("time.optimizer", 0.0)
+        self._record.record("step", step=step.number, seconds=worked)
+        self._record.record("data", step=step.number, seconds=phases.get("time.data_wait", 0.0))
+        if self._log is not None:
+            self._log.log(step.number, values, numbers, norms)
+
+    def _loss(self, step: Step) -> Reading:
+        """The mean loss of the global batch, the greatest mean of one data-parallel rank's rows, and the norm."""
+        shares = torch.zeros(2, self._env.degrees.dp, dtype=torch.float64, device=step.loss.device)
+        shares[0, self._env.data_rank] = step.loss
+        shares[1, self._env.data_rank] = step.own_share if self._env.counts_rows else 0.0
+        self._env.sum_loss(shares)
+        greatest = (shares[0] / shares[1].clamp(min=1e-300)).where(shares[1] > 0, -torch.inf).max()
+        return Reading(
+            ["loss", "loss_max", "grad_norm"], torch.stack([shares[0].sum(), greatest, step.grad_norm.double()])
+        )
 
     def add(self, values: Mapping[str, float]) -> None:
         """Numbers to log with the step that ends, which is then logged whatever its number; the same on all ranks."""
@@ -125,11 +165,15 @@ class LogMetrics(Hook):
         return {"expert_load_max": max(relative), "expert_load_min": min(relative)}
 
     def checkpoint_meta(self) -> dict[str, Any]:
-        """The ids by which outside trackers know this run."""
+        """The ids by which outside trackers know this run, all of whose lines up to here are written."""
+        if self._log is not None:
+            self._log.flush()
         return {"tracker_ids": dict(self._sinks.tracker_ids)} if self._sinks is not None else {}
 
     def close(self) -> None:
-        """Closes the sinks."""
+        """Writes what is left and closes the sinks."""
+        if self._log is not None:
+            self._log.flush()
         for sinks in (self._sinks, self._loads):
             if sinks is not None:
                 sinks.close()
@@ -154,7 +198,9 @@ class LogSamples(Hook):
         self._file.close()
 
 
-def build_log(config: TrainConfig, env: Environment, checkpoint: Checkpoint | None, rewrites: Rewrites) -> LogMetrics:
+def build_log(
+    config: TrainConfig, env: Environment, checkpoint: Checkpoint | None, rewrites: Rewrites, record: Recorder
+) -> LogMetrics:
     """The log of a run, which goes on after `checkpoint` if there is one."""
     directory = Path(config.output or "")
     given = config.metrics.peak_tflops
@@ -175,16 +221,14 @@ def build_log(config: TrainConfig, env: Environment, checkpoint: Checkpoint | No
     )
     has_experts = config.model.moe is not None
     loads = env.main_only(lambda: _open_expert_loads(directory, checkpoint)) if has_experts else None
-    return LogMetrics(env, meter, sinks, config.metrics.log_every, loads)
+    return LogMetrics(config, env, meter, sinks, loads, record)
 
 
 def _peak_flops(config: TrainConfig, device: str, rewrites: Rewrites) -> float | None:
     """Of one device, for what the run computes in each precision; None where one of the peaks is not known."""
-    shares = rewrites.flops_by_precision(config)
     compute_dtype = config.precision.param_dtype or config.precision.master_dtype
-    peaks = {kind: peak_flops(device, compute_dtype if kind == "high" else kind) for kind in shares}
-    known = {kind: peak for kind, peak in peaks.items() if peak is not None}
-    return mixed_peak(shares, known) if known.keys() == shares.keys() else None
+    shares = rewrites.flops_by_precision(config)
+    return mixed_peak(device, {compute_dtype if kind == "high" else kind: share for kind, share in shares.items()})
 
 
 def _open_expert_loads(directory: Path, checkpoint: Checkpoint | None) -> Sinks:

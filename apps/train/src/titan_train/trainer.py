@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from titan_ckpt.cadence import Timer, due
 from titan_ckpt.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ from titan_train.hooks import Hook, LogSamples, Step, build_log
 from titan_train.interrupt import Interrupt
 from titan_train.origin import Origin, find_origin
 from titan_train.parts import fingerprint, what_of
+from titan_train.recorder import Recorder
 from titan_train.resume import Progress, already_excluded, find_checkpoint, saved_state_dtype
 from titan_train.rows import share_rows
 from titan_train.run_directory import RunDirectory, default_directory
@@ -102,11 +104,13 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
                 status.end(checkpoint.step, by=None)
             return None
         env.on_main(lambda: directory.write_config(config))
+        record = cleanup.enter_context(Recorder(config, env))
 
-        trainer = Trainer(config, env, dataset, what)
+        trainer = Trainer(config, env, dataset, what, record)
         interrupt.check()
         if checkpoint is not None:
-            trainer.resume(checkpointer, checkpoint)
+            with record.aside("restore", "restore", checkpoint.step):
+                trainer.resume(checkpointer, checkpoint)
         elif config.checkpoint.init_from is not None:
             trainer.start_from(find_origin(config.checkpoint.init_from))
         hooks = build_hooks(trainer, validation_sets, checkpoint)
@@ -132,8 +136,8 @@ def _export(config: TrainConfig, env: Environment, checkpoint: Place, dataset: D
 def build_hooks(trainer: "Trainer", sets: Sequence[ValidationSet], checkpoint: Checkpoint | None) -> list[Hook]:
     """What the configuration asks for beside training, in the order of its doing; `checkpoint` is gone on from."""
     config, env = trainer.config, trainer.env
-    log = build_log(config, env, checkpoint, trainer.laid_out.rewrites)
-    hooks: list[Hook] = [Validate(config, env, trainer.layout, sets, log)] if sets else []
+    log = build_log(config, env, checkpoint, trainer.laid_out.rewrites, trainer.record)
+    hooks: list[Hook] = [Validate(config, env, trainer.layout, sets, log, trainer.record)] if sets else []
     hooks.append(log)
     if config.training.log_samples and env.reads_first:
         hooks.append(LogSamples(Path(config.output or ""), env.data_rank))
@@ -143,8 +147,10 @@ def build_hooks(trainer: "Trainer", sets: Sequence[ValidationSet], checkpoint: C
 class Trainer:
     """A built run: model, optimizer, data and counters, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, env: Environment, dataset: Dataset, what: dict[str, Any]) -> None:
-        self.config, self.env, self.dataset, self.what = config, env, dataset, what
+    def __init__(
+        self, config: TrainConfig, env: Environment, dataset: Dataset, what: dict[str, Any], record: Recorder
+    ) -> None:
+        self.config, self.env, self.dataset, self.what, self.record = config, env, dataset, what, record
         capability = nvidia_capability(env.device.type)
         resolve_recipe(config.quant.recipe, capability, env.device.type, emulate=config.quant.emulate)
         self.laid_out = lay_out(config, env)
@@ -202,6 +208,7 @@ class Trainer:
         total, timer = self.config.training.steps, Timer(self.config.checkpoint)
         started_at, started = self.progress.step, time.perf_counter()
         self.laid_out.weights_changed()  # they were drawn, or read
+        self.record.ready(self.model, started_at)
         with interrupt.deferred(), contextlib.closing(self.loader):
             ended_by = Votes(*self.env.agree(interrupt.vote)).ended_by  # it may have come while the run started
             while ended_by is None and self.progress.step < total:
@@ -212,6 +219,7 @@ class Trainer:
                 ended_by = step.votes.ended_by
                 for hook in hooks:
                     hook.end_step(step)
+                self.record.end_step(step.number)
                 if step.votes.save_failed:
                     checkpointer.wait()  # raises on all ranks
                 kind = due(self.config.checkpoint, step.number, is_last=step.is_last, is_time=step.votes.save > 0)
@@ -230,16 +238,24 @@ class Trainer:
     def step(self, vote: Votes) -> Step:
         """One optimizer step on the next global batch; `vote` is what this rank has to say to the others before it."""
         number = self.progress.step + 1
+        self.record.begin_step(number)
+        span = self.record.spans.span
         waiting = time.perf_counter()
-        batch = next(self.loader)
+        with span("data_wait"):
+            batch = next(self.loader)
         waited = time.perf_counter() - waiting
-        # One small exchange carries all that ranks must agree on before the step.
-        own_valid = int((batch["labels"] != IGNORED_LABEL).sum()) if self.env.reads_first else 0
-        valid, *sums = self.env.agree([own_valid, *vote])
-        votes = Votes(*sums)
+        with span("agreement"):
+            # One small exchange carries all that ranks must agree on before the step.
+            own_valid, own_seen = _counts(batch)
+            mine = [own_valid, own_seen] if self.env.reads_first else [0, 0]
+            valid, seen, *sums = self.env.agree([*mine, *vote])
+            votes = Votes(*sums)
 
-        loss = self.layout.accumulate(self._inputs(batch, valid), divisor=max(valid, 1))
-        grad_norm, lr = self.laid_out.update(self.optimizer, number, self.env.stages)
+        with span("forward_backward"):
+            loss = self.layout.accumulate(self._inputs(batch, valid), divisor=max(valid, 1))
+        self.record.after_backward()
+        with self.record.update(number):
+            grad_norm, lr = self.laid_out.update(self.optimizer, number, self.env.stages)
         tokens = self.config.training.global_batch_size * self.config.training.seq_len
         self.progress.advance(tokens)
         return Step(
@@ -249,6 +265,9 @@ class Trainer:
             loss=loss,
             grad_norm=grad_norm,
             lr=lr,
+            lrs=_group_lrs(self.optimizer),
+            own_share=own_valid / max(valid, 1),
+            seen_tokens=seen,
             tokens=tokens,
             total_tokens=self.progress.tokens,
             epoch=self.loader.epoch,
@@ -299,6 +318,21 @@ class Trainer:
             model_file.MODEL_FILE: model_file.to_json(self.config.model).encode(),
         }
         started, step = time.perf_counter(), self.progress.step
+        with self.record.aside("checkpoint", "save", step):
+            self._save(checkpointer, files, meta, permanent=permanent, exports=exports)
+        for hook in hooks:
+            hook.end_save(time.perf_counter() - started)
+
+    def _save(
+        self,
+        checkpointer: Checkpointer,
+        files: dict[str, bytes],
+        meta: dict[str, Any],
+        *,
+        permanent: bool,
+        exports: bool,
+    ) -> None:
+        step = self.progress.step
         contents: dict[str, Any] = {
             "per_rank": self.per_rank_state,
             "meta": meta,
@@ -313,5 +347,15 @@ class Trainer:
             self.env.say(f"Saved {checkpoint}")
             if exports:
                 _export(self.config, self.env, checkpoint, self.dataset)
-        for hook in hooks:
-            hook.end_save(time.perf_counter() - started)
+
+
+def _counts(batch: Batch) -> tuple[int, int]:
+    """Labels that carry loss, and tokens that all tokens see together: each its document's up to itself."""
+    rows = batch["sample_ids"] >= 0
+    return int((batch["labels"] != IGNORED_LABEL).sum()), int((batch["positions"][rows] + 1).sum())
+
+
+def _group_lrs(optimizer: Optimizer) -> dict[str, float]:
+    """Number of each group -> its learning rate, if they differ."""
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    return {str(i): lr for i, lr in enumerate(lrs)} if len(set(lrs)) > 1 else {}

@@ -34,6 +34,11 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *config.optimizer.offload_problems(config.device, config.parallel),
         *config.schedule.problems(),
         *config.metrics.problems(),
+        *config.spans.problems(),
+        *config.profiling.problems(),
+        *config.watchdog.problems(),
+        *config.debug.problems(),
+        *_recording_problems(config, world_size),
         *_data_problems(config),
         *config.validation.problems(),
         *_role_problems(config),
@@ -224,6 +229,18 @@ def _gather_problems(config: TrainConfig, degrees: Degrees) -> list[str]:
             "quant.float8_gather goes neither with parallel.cpu_offload nor with a number as "
             "parallel.reshard_after_forward; leave one of them out."
         )
+    return found
+
+
+def _recording_problems(config: TrainConfig, world_size: int) -> list[str]:
+    found = []
+    if config.debug.locate_nonfinite and config.compile.enabled:
+        found.append("debug.locate_nonfinite sees no modules inside of compiled blocks; leave out compile.enabled.")
+    for name in ("snapshot_at", "snapshot_on_oom"):
+        if getattr(config.profiling, name) and config.device == "cpu":
+            found.append(f"profiling.{name} photographs the memory of a GPU, and device is cpu; leave it out.")
+    if config.debug.check_replicas_every and world_size == 1:
+        found.append("debug.check_replicas_every compares copies on several ranks, and there is one; leave it out.")
     return found
 
 

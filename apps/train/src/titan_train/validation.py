@@ -19,6 +19,7 @@ from titan_train.build import model_inputs
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
 from titan_train.hooks import Hook, LogMetrics, Step
+from titan_train.recorder import Recorder
 from titan_train.rows import share_rows
 
 
@@ -41,9 +42,16 @@ class Validate(Hook):
     """Validates every so many steps and after the last one, and logs what it finds with that step."""
 
     def __init__(
-        self, config: TrainConfig, env: Environment, layout: Layout, sets: Sequence[ValidationSet], log: LogMetrics
+        self,
+        config: TrainConfig,
+        env: Environment,
+        layout: Layout,
+        sets: Sequence[ValidationSet],
+        log: LogMetrics,
+        record: Recorder,
     ) -> None:
         self._config, self._env, self._layout, self._sets, self._log = config, env, layout, sets, log
+        self._record = record
 
     def end_step(self, step: Step) -> None:
         """Validates if it is time; all ranks take part."""
@@ -51,6 +59,11 @@ class Validate(Hook):
         if not (finished or step.number % self._config.validation.every == 0):
             return
         started = time.perf_counter()
+        with self._record.aside("validation", "validate", step.number):
+            self._score_all(step)
+        self._log.add({"validation_seconds": time.perf_counter() - started})
+
+    def _score_all(self, step: Step) -> None:
         for each in self._sets:
             score = self.score(each)
             self._env.say(
@@ -59,7 +72,6 @@ class Validate(Hook):
             )
             values = dataclasses.asdict(score) | {"perplexity": score.perplexity}
             self._log.add({f"validation.{each.name}.{name}": value for name, value in values.items()})
-        self._log.add({"validation_seconds": time.perf_counter() - started})
 
     def score(self, rows: ValidationSet) -> Score:
         """Runs the model over a set."""

@@ -1,3 +1,3 @@
-"""Metrics, throughput, MFU and memory of a training run, to console, JSONL, TensorBoard and W&B."""
+"""What a training run does: metrics, MFU, memory, timelines, slow and missing ranks, the first NaN, a report."""
 
 __version__ = "0.1.0"

@@ -2,7 +2,9 @@
 
 Shown are the loss, gradient norm, learning rate, throughput, MFU and memory where they were logged, and whatever
 other values the caller logs. Details that belong to a record rather than to a glance are left out: the parts of
-throughput and memory, and every name with a slash in it (`grad_norm/layers.0`).
+throughput, time and memory, and the norms and learning rates of single layers and groups.
+
+A terminal gets colours unless the environment has `NO_COLOR` (https://no-color.org).
 """
 
 import os
@@ -22,18 +24,15 @@ _FORMATS: Mapping[str, Callable[[float], str]] = {
     "lr": "lr {:.1e}".format,
     "tokens_per_second": "{:,.0f} tok/s".format,
     "mfu": "mfu {:.1%}".format,
-    "memory_peak_bytes": lambda value: f"mem {value / 2**30:.1f} GiB",
+    "memory.peak": lambda value: f"mem {value / 2**30:.1f} GiB",
 }
+_DETAIL_GROUPS = ("allocator.", "lr.", "memory.", "norms.", "time.")
 _DETAILS = {
     "step_seconds",
     "data_wait_share",
     "tflops_per_device",
     "tokens",
     "tokens_per_second_per_device",
-    "memory_bytes",
-    "memory_reserved_peak_bytes",
-    "memory_retries",
-    "memory_ooms",
 }
 _NOT_ON_THE_BAR = {"grad_norm", "lr"}  # the bar is one line of the terminal and has to leave room for itself
 _ETA_LINES = 20  # the time left follows the speed over this many logged lines
@@ -135,7 +134,7 @@ def _others(values: Mapping[str, float | int | str]) -> list[str]:
     return [
         f"{key} {value}" if isinstance(value, str) else f"{key} {value:.4g}"
         for key, value in values.items()
-        if key not in _FORMATS and key not in _DETAILS and "/" not in key
+        if key not in _FORMATS and key not in _DETAILS and not key.startswith(_DETAIL_GROUPS)
     ]
 
 

@@ -11,8 +11,9 @@ reads back.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
@@ -23,19 +24,39 @@ class JsonlSink:
 
     Assumes that it is the file's only writer and that the file ends at a line's end (`resume_jsonl` sees to both a
     torn line and lines of steps that are about to be redone).
+
+    Args:
+        path: the file.
+        clock: seconds since the Unix epoch, for a `time` in each line; None leaves it out.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
         self._file = path.open("a", encoding="utf-8")
+        self._clock = clock
 
     def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Writes one line and hands it to the operating system."""
-        self._file.write(_encode({"step": step, **values}) + "\n")
+        when = {} if self._clock is None else {"time": self._clock()}
+        self._file.write(encode({"step": step, **when, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that may be in the middle of being written: what is no whole line is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and line.endswith(b"\n"):
+                yield record
 
 
 def resume_jsonl(path: Path, step: int) -> int:
@@ -68,7 +89,8 @@ def resume_jsonl(path: Path, step: int) -> int:
     return len(moved)
 
 
-def _encode(record: Mapping[str, object]) -> str:
+def encode(record: Mapping[str, object]) -> str:
+    """One line of JSON, without its end."""
     try:
         return _ENCODER.encode(record)
     except ValueError:  # a value is not finite: rare, so that the usual line pays nothing for it

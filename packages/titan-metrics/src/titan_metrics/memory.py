@@ -12,8 +12,8 @@ from pathlib import Path
 # getrusage(2) would give a peak on Linux too, but a process started by a larger one inherits that one's peak there
 # (execve keeps the high-water mark). /proc/self/status counts this program alone.
 _STATUS_KIB = {
-    "memory_bytes": re.compile(r"^VmRSS:\s+(\d+) kB", re.MULTILINE),
-    "memory_peak_bytes": re.compile(r"^VmHWM:\s+(\d+) kB", re.MULTILINE),
+    "memory.used": re.compile(r"^VmRSS:\s+(\d+) kB", re.MULTILINE),
+    "memory.peak": re.compile(r"^VmHWM:\s+(\d+) kB", re.MULTILINE),
 }
 
 
@@ -21,15 +21,15 @@ def memory(device_type: str) -> dict[str, float]:
     """Memory of the current device (`cuda`, which is also AMD's name in PyTorch) or of this process (`cpu`).
 
     Returns:
-        In bytes `memory_bytes`, in use now, and `memory_peak_bytes`.
+        In bytes `memory.used`, in use now, and `memory.peak`.
 
         On a GPU these are the allocator's active bytes, the peak being that since the last reading (which this call
-        starts anew), and there are further `memory_reserved_peak_bytes`, likewise, and `memory_retries` and
-        `memory_ooms`, counted since the process started: allocations that succeeded only after cached blocks were
+        starts anew), and there are further `memory.reserved_peak`, likewise, and `allocator.retries` and
+        `allocator.ooms`, counted since the process started: allocations that succeeded only after cached blocks were
         given back (each stalls the device), and those that failed.
 
         On a CPU they are the process's resident set and its highest value since the program started. macOS tells a
-        process its peak only, so `memory_bytes` is missing there.
+        process its peak only, so `memory.used` is missing there.
 
     Raises:
         ValueError: for any other type of device.
@@ -47,16 +47,16 @@ def _device_memory() -> dict[str, float]:
     stats = torch.cuda.memory_stats()
     torch.cuda.reset_peak_memory_stats()
     return {
-        "memory_bytes": stats.get("active_bytes.all.current", 0),
-        "memory_peak_bytes": stats.get("active_bytes.all.peak", 0),
-        "memory_reserved_peak_bytes": stats.get("reserved_bytes.all.peak", 0),
-        "memory_retries": stats.get("num_alloc_retries", 0),
-        "memory_ooms": stats.get("num_ooms", 0),
+        "memory.used": stats.get("active_bytes.all.current", 0),
+        "memory.peak": stats.get("active_bytes.all.peak", 0),
+        "memory.reserved_peak": stats.get("reserved_bytes.all.peak", 0),
+        "allocator.retries": stats.get("num_alloc_retries", 0),
+        "allocator.ooms": stats.get("num_ooms", 0),
     }
 
 
 def _process_memory() -> dict[str, float]:
     if sys.platform == "darwin":
-        return {"memory_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # bytes, KiB elsewhere
+        return {"memory.peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # bytes, KiB elsewhere
     status = Path("/proc/self/status").read_text()
     return {key: int(found[1]) * 1024 for key, line in _STATUS_KIB.items() if (found := line.search(status))}

@@ -10,8 +10,12 @@ Model FLOPs utilization (MFU) is the share of the hardware's peak that a run spe
 (Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, arXiv:2204.02311, appendix B.) FLOPs per
 token are those that the model's forward and backward pass need, three times the forward pass. Arithmetic done twice
 to save memory (activation checkpointing) is not counted: a ratio that counts it is hardware FLOPs utilization (HFU),
-which rises when a run gets slower by recomputing more. Whether attention counts as full or causal is the caller's
-choice in `flops_per_token`; PaLM's own formula, 6N + 12LHQT, counts it as full.
+which rises when a run gets slower by recomputing more.
+
+Two conventions for attention are in use, and `flops_per_token` decides between them. *Full* attention counts every
+pair of query and key, as PaLM's own formula 6N + 12LHQT does. *Causal* counts the pairs that the mask leaves, half of
+them for long sequences, fewer for sliding windows and packed documents: the work that a kernel which skips masked
+blocks has to do. The same run has the greater MFU by the full convention.
 """
 
 import time
@@ -56,12 +60,17 @@ class Meter:
         self._opened = at
         self._steps = 0
         self._tokens = 0
+        self._flops = 0.0
         self._data_wait_seconds = 0.0
 
-    def add(self, *, tokens: int, data_wait_seconds: float = 0.0) -> None:
-        """Counts one step: the tokens of its *global* batch, and how long this process waited for data."""
+    def add(self, *, tokens: int, data_wait_seconds: float = 0.0, flops: float | None = None) -> None:
+        """Counts one step: the tokens of its *global* batch, and how long this process waited for data.
+
+        `flops`: of the step, where they are not `tokens` times `flops_per_token`, since documents confine attention.
+        """
         self._steps += 1
         self._tokens += tokens
+        self._flops += flops if flops is not None else tokens * (self._flops_per_token or 0.0)
         self._data_wait_seconds += data_wait_seconds
 
     def read(self) -> dict[str, float]:
@@ -84,7 +93,7 @@ class Meter:
             "data_wait_share": self._data_wait_seconds / seconds,
         }
         if self._flops_per_token is not None:
-            achieved = per_device * self._flops_per_token
+            achieved = self._flops / seconds / self._devices
             values["tflops_per_device"] = achieved / 1e12
             if self._peak_flops is not None:
                 values["mfu"] = achieved / self._peak_flops

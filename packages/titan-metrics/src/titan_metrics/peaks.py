@@ -22,10 +22,13 @@ class Peaks(NamedTuple):
     bfloat16: float | None
     float8: float | None
     float16: float | None
+    float4: float | None = None
 
 
-def _same_half_precision(float32: float, half: float, float8: float | None = None) -> Peaks:
-    return Peaks(float32=float32, bfloat16=half, float8=float8, float16=half)
+def _same_half_precision(
+    float32: float, half: float, float8: float | None = None, float4: float | None = None
+) -> Peaks:
+    return Peaks(float32=float32, bfloat16=half, float8=float8, float16=half, float4=float4)
 
 
 def _float16_only(float32: float, float16: float) -> Peaks:
@@ -59,18 +62,18 @@ _DEVICES: Mapping[str, Peaks] = {
     r"H200": _same_half_precision(67, 1979 / 2, 3958 / 2),
     r"H200 NVL": _same_half_precision(60, 1671 / 2, 3341 / 2),
     # NVIDIA Blackwell datasheet, "individual Blackwell GPU" of HGX B200 and of GB200 NVL72
-    r"B200": _same_half_precision(75, 4500 / 2, 9000 / 2),
-    r"GB200": _same_half_precision(80, 5000 / 2, 10000 / 2),
+    r"B200": _same_half_precision(75, 4500 / 2, 9000 / 2, 18000 / 2),
+    r"GB200": _same_half_precision(80, 5000 / 2, 10000 / 2, 20000 / 2),
     # NVIDIA GA102, Ada and RTX Blackwell architecture whitepapers, tensor peaks "with FP32 accumulate"
     r"GeForce RTX 3090": _same_half_precision(35.6, 71),
     r"GeForce RTX 4090": _same_half_precision(82.6, 165.2, 330.3),
-    r"GeForce RTX 5090": _same_half_precision(104.8, 209.5, 419),
+    r"GeForce RTX 5090": _same_half_precision(104.8, 209.5, 419, 1676),
     # AMD Instinct MI250X datasheet: a card is two devices to PyTorch, so half of the card's 383 (95.7 in float32)
     r"Instinct MI250X": _same_half_precision(95.7 / 2, 383 / 2),
     # AMD Instinct MI300X and MI325X datasheets: the same compute dies at the same clock
     r"Instinct MI300X( VF)?|Instinct MI325X": _same_half_precision(163.4, 1307.4, 2614.9),
     # AMD Instinct MI355X datasheet
-    r"Instinct MI355X": _same_half_precision(157.3, 2516.6, 5033.2),
+    r"Instinct MI355X": _same_half_precision(157.3, 2516.6, 5033.2, 10066.3),
 }
 
 
@@ -79,8 +82,8 @@ def peak_flops(device_name: str, dtype: str = "bfloat16") -> float | None:
 
     Args:
         device_name: what `torch.cuda.get_device_name()` says; `cpu` has no known peak.
-        dtype: the type that matrix products are computed in: `float32`, `bfloat16`, `float16` or `float8`; of any
-            other no peak is known.
+        dtype: the type that matrix products are computed in: `float32`, `bfloat16`, `float16`, `float8` or
+            `float4`; of any other no peak is known.
     """
     name = re.sub(r"^(NVIDIA|Tesla|AMD)\s+", "", device_name.strip())
     for pattern, peaks in _DEVICES.items():
@@ -88,3 +91,36 @@ def peak_flops(device_name: str, dtype: str = "bfloat16") -> float | None:
             tflops = peaks._asdict().get(dtype)
             return None if tflops is None else tflops * 1e12
     return None
+
+
+def mixed_peak(device_name: str, shares: Mapping[str, float]) -> float | None:
+    """Dense peak FLOP/s of one device for a model whose matrix products are not all in one dtype, or None.
+
+    Were each part of the work to run at the peak of its own dtype, one FLOP would take sum(share / peak) seconds, so
+    the peak of the mix is the harmonic mean of the peaks, weighted by the shares of work:
+
+        1 / sum over dtypes of (share of the FLOPs / peak FLOP/s)
+
+    (Amdahl's law; Hennessy and Patterson, "Computer Architecture: A Quantitative Approach", section 1.9.) Dividing by
+    the peak of the fastest dtype alone would blame a run for products that it was never meant to compute in it.
+
+    Args:
+        device_name: as for `peak_flops`.
+        shares: dtype name, as for `peak_flops` -> share of the model's FLOPs in it; they sum to 1.
+
+    Returns:
+        None if the peak of a dtype with a share above 0 is not known.
+
+    Raises:
+        ValueError: if the shares are not between 0 and 1, or do not sum to 1.
+    """
+    if min(shares.values(), default=-1.0) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise ValueError(f"The shares of FLOPs by dtype are {dict(shares)}; each is 0 to 1 and together they are 1.")
+    seconds = 0.0
+    for dtype, share in shares.items():
+        if share > 0:
+            peak = peak_flops(device_name, dtype)
+            if peak is None:
+                return None
+            seconds += share / peak
+    return 1 / seconds

@@ -6,6 +6,7 @@ of a distributed run only one rank should do so. The files it makes in the run d
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -53,7 +54,7 @@ class Sinks:
         Raises:
             TypeError: if a value is not a plain number or string, a tensor for example; the caller decides when
                 to wait for a device, not a sink.
-            ValueError: if a value is named `step`.
+            ValueError: if a value is named `step` or `time`.
         """
         _check(values)
         for name, sink in tuple(self._sinks.items()):
@@ -144,7 +145,7 @@ def build_sinks(
 def _open_jsonl(run_directory: Path, resume_step: int | None) -> JsonlSink:
     path = run_directory / "metrics.jsonl"
     resume_jsonl(path, -1 if resume_step is None else resume_step)
-    return JsonlSink(path)
+    return JsonlSink(path, clock=time.time)
 
 
 def _check(values: Mapping[str, float | int | str]) -> None:
@@ -154,8 +155,9 @@ def _check(values: Mapping[str, float | int | str]) -> None:
                 f"The metric {key!r} is a {type(value).__name__}; log a plain number or string (of a tensor or a "
                 "NumPy scalar: its `.item()`)."
             )
-    if "step" in values:
-        raise ValueError("A metric cannot be named 'step': that is the first argument of `log`.")
+    for name in ("step", "time"):
+        if name in values:
+            raise ValueError(f"A metric cannot be named {name!r}: each line has one already, that of `log`.")
 
 
 def _describe(error: Exception) -> str:

@@ -1,0 +1,88 @@
+"""What a run leaves behind beside its metrics: spans, the ledger, the machine, profiles; and what watches over it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import change, curve, layout, metrics, train
+from titan_metrics.goodput import goodput
+from titan_metrics.nonfinite import NonFiniteError
+from titan_train import trainer
+from titan_train.config import TrainConfig
+from titan_train.interrupt import Interrupt
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_everything_that_is_asked_for_is_written_and_changes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
+    steps = {"training.steps": 6, "schedule.total_steps": 6, "checkpoint.every": 3}
+    watched = {
+        "spans.enabled": True,
+        "metrics.norms_every": 2,
+        "profiling.profile_at": 2,
+        "profiling.profile_steps": 1,
+        "watchdog.stall_seconds": 120.0,
+        "debug.locate_nonfinite": True,
+        "debug.check_replicas_every": 3,
+        "debug.anomaly": True,
+        "validation.sets": {"same": tiny.data.source},
+        "validation.max_rows": 4,
+    }
+    degrees = layout(dp_replicate=2)
+    plain = train(tiny, tmp_path / "plain", 2, **steps, **degrees)
+    run = tmp_path / "watched"
+    found = train(tiny, run, 2, **steps, **watched, **degrees)
+    assert curve(found) == curve(plain)
+    for rank in range(2):
+        header, *spans = lines(run / f"spans/rank-{rank}.jsonl")
+        assert (header["rank"], header["world_size"]) == (rank, 2)
+        names = {span["name"] for span in spans}
+        assert names >= {"data_wait", "agreement", "forward_backward", "optimizer", "checkpoint", "validation"}
+        assert {span["step"] for span in spans if span["name"] == "optimizer"} == set(range(1, 7))
+    assert [step for step, line in enumerate(found, 1) if "norms.gradient.layers.0" in line] == [2, 4, 6]
+    assert all(line["loss_max"] >= line["loss"] for line in found)
+    assert all(line["time.forward_backward"] > 0 for line in found)
+    assert list((run / "dumps").glob("profile-rank-0-step-2*"))
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["layout"]["dp_replicate"] == 2
+
+
+def test_the_ledger_goes_on_across_restarts(tiny: TrainConfig, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "run", **{"training.steps": 3, "checkpoint.every": 2})
+    train(tiny, tmp_path / "run", **{"training.steps": 5})
+    events = lines(tmp_path / "run/goodput.jsonl")
+    assert [event["event"] for event in events if event["event"] in ("start", "restore", "ready", "end")] == [
+        *("start", "ready", "end"),
+        *("start", "restore", "ready", "end"),
+    ]
+    shares = goodput(events)
+    assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_the_greatest_loss_of_a_rank(tiny: TrainConfig, tmp_path: Path) -> None:
+    """It is the same whichever way the ranks of a replica share its rows."""
+    steps = {"training.steps": 2, "schedule.total_steps": 2}
+    halves = train(tiny, tmp_path / "halves", 2, **steps, **layout(dp_shard=2))
+    degrees: dict[str, Any]
+    for name, degrees in {"tp": {"tp": 2}, "cp": {"cp": 2}, "pp": {"pp": 2}}.items():
+        ours = train(tiny, tmp_path / name, 4, **steps, **layout(dp_shard=2, **degrees))
+        assert curve(ours, "loss_max") == pytest.approx(curve(halves, "loss_max"), rel=1e-5)
+    assert curve(halves, "loss_max") != curve(halves)
+
+
+def test_documents_cost_less_than_rows(tiny: TrainConfig, tmp_path: Path) -> None:
+    confined = train(tiny, tmp_path / "confined", **{"training.steps": 1})[0]
+    whole = train(tiny, tmp_path / "whole", **{"training.steps": 1, "data.confine_attention": False})[0]
+    work = [line["tflops_per_device"] / line["tokens_per_second"] for line in (confined, whole)]
+    assert work[0] < work[1]
+
+
+def test_what_is_not_finite_is_named(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = change(tiny, output=str(tmp_path / "run"), **{"debug.locate_nonfinite": True, "optimizer.lr": 1e6})
+    with pytest.raises(NonFiniteError, match=r"rank 0"):
+        trainer.train(config, Interrupt(alone=True), name="test")
+    assert metrics(tmp_path / "run")
