@@ -53,6 +53,11 @@ LAYOUTS = {
 }
 
 
+# The others' parts are in these; they are among the slow tests.
+TELLING = ("pp 2", "fsdp 2 x tp 2")
+EACH_LAYOUT = [pytest.param(name, marks=[] if name in TELLING else pytest.mark.slow) for name in LAYOUTS]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The curve of one process, by configuration; computed once."""
@@ -67,7 +72,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EACH_LAYOUT)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_layout_changes_nothing(alone: Any, recipe: str, name: str, tmp_path: Path) -> None:
     """With micro-batches of the same rows, which are what some scales span."""
@@ -179,7 +184,7 @@ def test_weights_are_kept_in_high_precision(tmp_path: Path) -> None:
 ADAPTERS = LoRAConfig(rank=4, alpha=8.0)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EACH_LAYOUT)
 @pytest.mark.parametrize("recipe", ["none", "float8_rowwise"])
 def test_adapters_on_any_layout(alone: Any, recipe: str, name: str, tmp_path: Path) -> None:
     world_size, degrees, changes = LAYOUTS[name]
