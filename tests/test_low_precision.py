@@ -196,6 +196,7 @@ def test_adapters_on_any_layout(alone: Any, recipe: str, name: str, tmp_path: Pa
     assert resumed[3] == pytest.approx(alone(change(config, **{"training.steps": 4}))[3], rel=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
 def test_adapters_alone_are_trained_and_others_can_use_them(tmp_path: Path) -> None:
     """From a Hugging Face folder to adapters for PEFT, and to a whole model that computes the same."""
     torch.manual_seed(0)
