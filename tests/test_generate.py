@@ -46,7 +46,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def generated(*arguments: object) -> tuple[str, str]:
     """What the command prints on its two outputs, on this rank."""
     out, err = io.StringIO(), io.StringIO()
-    options = generate_cli._parser().parse_args([*map(str, arguments), "--device", "cpu"])
+    options = generate_cli.build_parser().parse_args([*map(str, arguments), "--device", "cpu"])
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert generate_text(options) == 0
     return out.getvalue(), err.getvalue()

@@ -234,6 +234,10 @@ def test_adapters_alone_are_trained_and_others_can_use_them(tmp_path: Path) -> N
         (["--quant.recipe", "float8_tensorwise", "--quant.float8-gather"], "parallel.dp_shard is 1"),
         (["--lora.include", "x"], "lora.include has no effect without a lora.rank"),
         (["--lora.rank", "4", "--lora.include", "nothing*"], "no linear layer of the model has a name that fits"),
+        (
+            ["--quant.recipe", "float8_rowwise", "--quant.emulate", "--quant.roles", "colwize"],
+            "quant.roles: nothing in the model has the role 'colwize'",
+        ),
         (["--export.format", "peft"], "export.format peft writes LoRA adapters, and lora.rank is 0"),
     ],
 )

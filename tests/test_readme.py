@@ -49,7 +49,7 @@ def test_every_command_that_generates_is_understood():
     commands = [shlex.split(line, comments=True) for line in found if "--prompt" in line]
     assert len(commands) >= 3
     for arguments in commands:
-        generate_cli._parser().parse_args(arguments)
+        generate_cli.build_parser().parse_args(arguments)
 
 
 def write_checkpoint(folder, model):

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from runs import change, curve, layout, metrics, train
+from runs import change, curve, layout, metrics, titan_train, train
 from titan_metrics.goodput import goodput
 from titan_metrics.nonfinite import NonFiniteError
 from titan_train import trainer
 from titan_train.config import TrainConfig
+from titan_train.config_file import to_json
 from titan_train.interrupt import Interrupt
 
 
@@ -86,3 +87,24 @@ def test_what_is_not_finite_is_named(tiny: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"rank 0"):
         trainer.train(config, Interrupt(alone=True), name="test")
     assert metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--spans.enabled", "--spans.ranks", "0", "1"], "spans.ranks names rank 1, and the run has 1 rank"),
+        (["--spans.ranks", "0"], "spans.enabled is off"),
+        (["--profiling.profile-at", "2", "--profiling.profile-ranks", "3"], "profiling.profile_ranks names rank 3"),
+        (["--profiling.profile-steps", "5"], "profiling.profile_at is 0"),
+        (["--profiling.snapshot-at", "2"], "photographs the memory of a GPU"),
+        (["--debug.check-replicas-every", "2"], "compares copies on several ranks"),
+        (["--debug.locate-nonfinite", "--compile.enabled"], "sees no modules inside of compiled blocks"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(
+    tiny: TrainConfig, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(to_json(change(tiny, output=str(tmp_path / "run"))))
+    result = titan_train("--config", tmp_path / "config.json", *flags)
+    assert result.returncode == 2
+    assert message in " ".join(result.stderr.split())

@@ -15,7 +15,7 @@ def test_the_defaults_are_valid(section):
     ("config", "names"),
     [
         (MetricsConfig(norms_every=-1), ["metrics.norms_every"]),
-        (SpansConfig(flush_seconds=0, ranks=(0, -2)), ["spans.flush_seconds", "spans.ranks"]),
+        (SpansConfig(enabled=True, flush_seconds=0, ranks=(0, -2)), ["spans.flush_seconds", "spans.ranks"]),
         (
             ProfilingConfig(profile_at=-1, profile_steps=0, profile_ranks=(-1,)),
             ["profiling.profile_at", "profiling.profile_steps", "profiling.profile_ranks"],

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from titan_metrics.spans import Spans
-from titan_metrics.trace import NoSpansError, chrome_trace, main, phases, read_spans
+from titan_metrics.trace import SpansError, chrome_trace, main, phases, read_spans
 
 
 def write(run, rank, *lines, start=1000.0, offset=None):
@@ -88,10 +88,32 @@ def test_the_command_writes_a_trace_and_names_slow_ranks(tmp_path, capsys):
 
 
 def test_no_spans_are_told_with_a_remedy(tmp_path, capsys):
-    with pytest.raises(NoSpansError, match=r"--spans\.enabled"):
+    with pytest.raises(SpansError, match=r"--spans\.enabled"):
         list(read_spans(tmp_path))
-    assert main([str(tmp_path)]) == 2
-    assert "has no spans" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1
+    assert "titan-trace: " in (told := capsys.readouterr().err)
+    assert "has no spans" in told
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "code", "message"),
+    [
+        ('{"name": "a"}', [], 1, "rank-0.jsonl has a line that is no span"),
+        ("", ["--output", "{here}/absent/trace.json"], 1, "Cannot write {here}/absent/trace.json"),
+        ("", ["--steps", "5", "2"], 2, "the first step comes after the last"),
+    ],
+)
+def test_a_mistake_is_one_paragraph(line, flags, code, message, tmp_path, capsys):
+    with Spans(tmp_path / "spans/rank-0.jsonl") as spans, spans.span("a"):
+        pass
+    with (tmp_path / "spans/rank-0.jsonl").open("a") as file:
+        file.write(line + "\n")
+    try:
+        found = main([str(tmp_path), *(flag.format(here=tmp_path) for flag in flags)])
+    except SystemExit as ended:
+        found = ended.code
+    assert found == code
+    assert message.format(here=tmp_path) in capsys.readouterr().err
 
 
 def test_what_spans_write_is_what_is_read(tmp_path):

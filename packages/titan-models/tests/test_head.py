@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from titan_models.head import Head
 
@@ -83,6 +84,14 @@ def test_gradients_are_computed_only_where_needed():
     assert head.weight.grad is None
     with torch.no_grad():
         assert not head(hidden, labels).requires_grad
+
+
+def test_without_gradients_only_the_logits_are_computed():
+    head, hidden, labels = make(chunk=4)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss = head(hidden, labels)
+    assert counter.get_total_flops() == 2 * labels.numel() * head.weight.numel()
+    assert loss == head(hidden, labels)
 
 
 def test_gradients_are_let_go_once_they_are_handed_over():

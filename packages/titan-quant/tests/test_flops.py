@@ -1,6 +1,6 @@
 import pytest
 
-from titan_quant.flops import flops_by_precision, mixed_peak
+from titan_quant.flops import flops_by_precision
 from titan_quant.recipes import RECIPES
 
 FORWARD = {"wq": 30.0, "wo": 10.0, "attention": 20.0, "lm_head": 40.0}
@@ -18,12 +18,6 @@ FORWARD = {"wq": 30.0, "wo": 10.0, "attention": 20.0, "lm_head": 40.0}
 )
 def test_each_product_counts_in_its_precision(name, shares):
     assert flops_by_precision(FORWARD, ["wq", "wo"], RECIPES[name]) == pytest.approx(shares)
-
-
-def test_the_mixed_peak_is_the_time_of_each_share_in_turn():
-    peaks = {"high": 1e15, "float8": 2e15, "float4": 4e15}
-    assert mixed_peak({"high": 0.6, "float8": 0.4}, peaks) == pytest.approx(1 / (0.6 / 1e15 + 0.4 / 2e15))
-    assert mixed_peak({"high": 1.0}, peaks) == pytest.approx(1e15)
 
 
 def test_what_cannot_be_counted_is_refused():

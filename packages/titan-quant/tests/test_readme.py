@@ -11,8 +11,9 @@ def test_the_readme_runs_as_it_is_written(tmp_path):
     assert lines[0] == "converted: * (2)"
     assert lines[1].startswith("The recipe 'mxfp8' cannot be used")
     assert lines[2] == "['0.lora_a', '0.lora_b', '2.lora_a', '2.lora_b']"
-    assert "precision.param_dtype" in lines[3]
-    assert "precision.reduce_dtype" in lines[4]
+    assert lines[3] == "{'high': 0.5, 'float8': 0.5}"
+    assert "precision.param_dtype" in lines[4]
+    assert "precision.reduce_dtype" in lines[5]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 

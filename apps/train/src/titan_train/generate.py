@@ -13,11 +13,12 @@ from typing import Literal, cast
 from titan_core.config import ParallelConfig
 from titan_data.chat import ChatTokenizer
 from titan_data.chat_template import open_template
+from titan_data.errors import about
 from titan_data.sft_config import SFTConfig
 from titan_data.token_text import control_tokens
 from titan_data.tokenizer import Tokenizer
 from titan_data.tokenizer_files import load_tokenizer
-from titan_models.generate import Sampling, generate
+from titan_models.generate import Sampling, check_request, generate
 from titan_models.hugging_face_files import GENERATION_FILE
 from titan_quant.config import DType, MixedPrecision
 from titan_train.build import lay_out
@@ -38,6 +39,8 @@ def generate_text(options: argparse.Namespace) -> int:
         raise OriginError(f"{options.path} has no tokenizer beside its weights; put a tokenizer.json there.")
     tokenizer = load_tokenizer(Path(origin.tokenizer))
     prompts = _prompts(options, tokenizer, origin)
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    check_request(prompts, options.max_new_tokens, sampling)  # before the weights are read, which takes its time
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = TrainConfig(
         model=origin.model,
@@ -56,9 +59,7 @@ def generate_text(options: argparse.Namespace) -> int:
             prompts,
             max_new_tokens=options.max_new_tokens,
             stop=_stops(tokenizer, origin, chat=options.chat),
-            sampling=Sampling(
-                temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
-            ),
+            sampling=sampling,
             device=env.device,
         )
         shown = [""] * len(prompts) if options.chat else [tokenizer.decode(prompt) for prompt in prompts]
@@ -69,7 +70,9 @@ def generate_text(options: argparse.Namespace) -> int:
 def _prompts(options: argparse.Namespace, tokenizer: Tokenizer, origin: Origin) -> list[list[int]]:
     texts = options.prompt or options.prompts.read_text(encoding="utf-8").splitlines()
     if options.chat:
-        chat = ChatTokenizer(tokenizer, open_template(SFTConfig(template=options.template), tokenizer))
+        with about(f"--template {options.template}"):
+            template = open_template(SFTConfig(template=options.template), tokenizer)
+        chat = ChatTokenizer(tokenizer, template)
         before = [{"role": "system", "content": options.system}] if options.system else []
         return [chat.prompt([*before, {"role": "user", "content": text}]).tolist() for text in texts]
     wants_bos = not origin.is_checkpoint if options.bos is None else options.bos

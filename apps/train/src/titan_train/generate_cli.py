@@ -20,7 +20,7 @@ share the model by tensor parallelism:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `titan-generate`."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         from titan_train.generate import generate_text
 
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """What may be typed."""
     parser = argparse.ArgumentParser(
         prog="titan-generate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

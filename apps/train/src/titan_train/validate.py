@@ -239,6 +239,12 @@ def _recording_problems(config: TrainConfig, world_size: int) -> list[str]:
     for name in ("snapshot_at", "snapshot_on_oom"):
         if getattr(config.profiling, name) and config.device == "cpu":
             found.append(f"profiling.{name} photographs the memory of a GPU, and device is cpu; leave it out.")
+    for name, ranks in {
+        "spans.ranks": config.spans.ranks,
+        "profiling.profile_ranks": config.profiling.profile_ranks,
+    }.items():
+        if beyond := [rank for rank in ranks if rank >= world_size]:
+            found.append(f"{name} names rank {beyond[0]}, and the run has {_ranks(world_size)}, counted from 0.")
     if config.debug.check_replicas_every and world_size == 1:
         found.append("debug.check_replicas_every compares copies on several ranks, and there is one; leave it out.")
     return found

@@ -6,7 +6,6 @@ labels, and what they have found is summed.
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,10 +57,8 @@ class Validate(Hook):
         finished = step.number >= self._config.training.steps
         if not (finished or step.number % self._config.validation.every == 0):
             return
-        started = time.perf_counter()
         with self._record.aside("validation", "validate", step.number):
             self._score_all(step)
-        self._log.add({"validation_seconds": time.perf_counter() - started})
 
     def _score_all(self, step: Step) -> None:
         for each in self._sets:

@@ -25,7 +25,8 @@ def vocabulary_parallel_loss(
     """
     chunk = chunk_tokens or (256 if hidden.device.type == "cpu" else 2048)
     # Gradients are computed in the forward pass, unless nobody will ask for them.
-    weight = weight if torch.is_grad_enabled() else weight.detach()
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     return _VocabularyParallelLoss.apply(hidden.flatten(0, -2), weight, labels.flatten(), first_row, chunk, group)
 
 

@@ -173,14 +173,13 @@ def open_template(config: SFTConfig, tokenizer: Tokenizer) -> ChatTemplate:
         if missing := [token for token in _WRITTEN_BY[config.template] if token not in control]:
             raise DataError(
                 f"the chat template {config.template!r} writes {', '.join(missing)}, which {tokenizer.name} does not "
-                "have as special tokens. Choose the template that belongs to the tokenizer, with sft.template."
+                "have as special tokens. Choose the template that belongs to the tokenizer."
             )
     else:
         path = Path(config.template).expanduser()
         if not path.is_file():
             raise NotFoundError(
-                f"sft.template {config.template!r} is neither 'auto', nor one of {', '.join(map(repr, BUILT_IN))}, "
-                "nor a file."
+                f"{config.template!r} is neither 'auto', nor one of {', '.join(map(repr, BUILT_IN))}, nor a file."
             )
         text = path.read_text(encoding="utf-8")
     return ChatTemplate(text, names=_names(tokenizer), control=control, date=config.date, name=name)
@@ -216,7 +215,7 @@ def _own_template(tokenizer: Tokenizer) -> str:
     if not isinstance(found, str):
         raise DataError(
             f"{tokenizer.name} brings no chat template: there is neither {TEMPLATE_FILE} beside it nor chat_template "
-            f"in its tokenizer_config.json. Name one with sft.template: {', '.join(BUILT_IN)}, or the path of a file."
+            f"in its tokenizer_config.json. Name one: {', '.join(BUILT_IN)}, or the path of a file."
         )
     return found
 

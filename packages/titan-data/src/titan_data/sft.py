@@ -24,7 +24,7 @@ from titan_data.conversation_store import (
 )
 from titan_data.conversations import read_conversations
 from titan_data.dataset import TRAINED, open_tokenizer
-from titan_data.errors import DataError
+from titan_data.errors import DataError, about
 from titan_data.packing import PackedConversations, Packs, plan_packs
 from titan_data.rows import RowArrays
 from titan_data.sft_config import SFTConfig
@@ -125,7 +125,9 @@ def open_sft(
     if tokenizer is None and config.tokenizer == TRAINED:
         tokenizer = trained_chat_bpe(source, config.vocab_size, sft.template, cache / "tokenizers", progress=progress)
     tokenizer = tokenizer or open_tokenizer(config, source, cache=cache, progress=progress)
-    chat = ChatTokenizer(tokenizer, open_template(sft, tokenizer))
+    with about("sft.template"):
+        template = open_template(sft, tokenizer)
+    chat = ChatTokenizer(tokenizer, template)
     identity = hashlib.sha256(f"titan-data chat 1, {source.fingerprint}, {chat.identity}".encode()).hexdigest()
     store = find_or_build(
         cache / "conversations" / identity[:32],

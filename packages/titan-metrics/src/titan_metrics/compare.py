@@ -17,7 +17,7 @@ from pathlib import Path
 from titan_metrics.jsonl import read_jsonl
 
 _NOT_COMPUTED = {"time", "mfu", "tflops_per_device", "tokens_per_second", "tokens_per_second_per_device"}
-_NOT_COMPUTED |= {"step_seconds", "data_wait_share", "checkpoint_seconds", "validation_seconds"}
+_NOT_COMPUTED |= {"step_seconds", "data_wait_share", "checkpoint_seconds"}
 _NOT_COMPUTED_GROUPS = ("time.", "memory.", "allocator.")
 
 
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         comparison = compare_runs(given.first, given.second, given.tolerance)
     except NothingToCompareError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"titan-compare: {error}\n")
         return 2
     sys.stdout.write(describe(comparison) + "\n")
     return 0 if comparison.divergence is None else 1

@@ -76,6 +76,10 @@ class SpansConfig:
     def problems(self) -> list[str]:
         """Every value that cannot be used, each as one sentence with its remedy; empty if there is none."""
         problems = []
+        if self.ranks and not self.enabled:
+            problems.append(
+                "spans.ranks says who writes spans, and spans.enabled is off; switch it on, or leave it out."
+            )
         if not self.flush_seconds > 0:
             problems.append(f"spans.flush_seconds is {self.flush_seconds}; it must be greater than 0.")
         return problems + _bad_ranks("spans.ranks", self.ranks)
@@ -117,6 +121,11 @@ class ProfilingConfig:
             for name, bound in least.items()
             if getattr(self, name) < bound
         ]
+        if self.profile_at == 0:
+            names = ("profile_steps", "profile_every", "profile_ranks", "profile_stacks")
+            given = [f"profiling.{name}" for name in names if getattr(self, name) != getattr(ProfilingConfig, name)]
+            if given:
+                problems.append(f"{', '.join(given)} say how to profile, and profiling.profile_at is 0: give a step.")
         if 0 < self.profile_every < self.profile_steps:
             problems.append(
                 f"profiling.profile_every is {self.profile_every}, but a profile takes profiling.profile_steps "

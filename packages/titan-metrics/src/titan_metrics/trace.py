@@ -19,8 +19,8 @@ from titan_metrics.jsonl import read_jsonl
 from titan_metrics.stragglers import Phase, find_stragglers, summary
 
 
-class NoSpansError(RuntimeError):
-    """A run directory has no spans."""
+class SpansError(RuntimeError):
+    """A run directory has no spans, or a line among them is none; the message says where."""
 
 
 @dataclass(frozen=True)
@@ -56,37 +56,56 @@ def read_spans(run: Path, steps: range | None = None) -> Iterator[RecordedSpan]:
     """The spans of all ranks and starts of a run; only those of `steps` if given.
 
     Raises:
-        NoSpansError: if there are none.
+        SpansError: if there are none, or a line is none.
     """
     files = sorted((run / "spans").glob("rank-*.jsonl"))
     if not files:
-        raise NoSpansError(
+        raise SpansError(
             f"{run} has no spans (no {run / 'spans'}/rank-N.jsonl). Train with spans enabled: with titan-train that "
             "is --spans.enabled."
         )
     for path in files:
-        for span in recorded_spans(read_jsonl(path)):
+        for span in recorded_spans(read_jsonl(path), path):
             if steps is None or span.step in steps:
                 yield span
 
 
-def recorded_spans(lines: Iterable[Mapping[str, Any]]) -> Iterator[RecordedSpan]:
-    """The spans in the lines of one rank's file; those before the first start are left out."""
+def recorded_spans(lines: Iterable[Mapping[str, Any]], path: Path) -> Iterator[RecordedSpan]:
+    """The spans in the `lines` of one rank's file, which is at `path`; those before the first start are left out.
+
+    Raises:
+        SpansError: if a line is no span.
+    """
     process: Process | None = None
     for line in lines:
-        if "start" in line:
-            start = line["start"] - (line["clock_offset"] or 0.0)
-            process = Process(line["rank"], line["host"], line["process"], start)
-        elif process is not None:
-            yield RecordedSpan(
-                process=process,
-                name=line["name"],
-                step=line["step"],
-                start=process.start + line["at"],
-                seconds=line["seconds"],
-                depth=line["depth"],
-                attributes={key: value for key, value in line.items() if key not in _OWN},
-            )
+        try:
+            if "start" in line:
+                process = _process(line)
+                continue
+            span = None if process is None else _span(process, line)
+        except (KeyError, TypeError) as error:
+            raise SpansError(
+                f"{path} has a line that is no span ({error}): {str(line)[:80]}. Only titan_metrics.spans should write "
+                "there; remove the line, or move the file away."
+            ) from error
+        if span is not None:
+            yield span
+
+
+def _process(line: Mapping[str, Any]) -> Process:
+    return Process(line["rank"], line["host"], line["process"], line["start"] - (line.get("clock_offset") or 0.0))
+
+
+def _span(process: Process, line: Mapping[str, Any]) -> RecordedSpan:
+    return RecordedSpan(
+        process=process,
+        name=line["name"],
+        step=line["step"],
+        start=process.start + line["at"],
+        seconds=line["seconds"],
+        depth=line["depth"],
+        attributes={key: value for key, value in line.items() if key not in _OWN},
+    )
 
 
 def chrome_trace(spans: Iterable[RecordedSpan]) -> dict[str, Any]:
@@ -139,7 +158,7 @@ def phases(spans: Iterable[RecordedSpan]) -> list[Phase]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `titan-trace`."""
+    """The command `titan-trace`: 0 done, 1 not done (why, is on stderr), 2 the command line is wrong."""
     parser = argparse.ArgumentParser(prog="titan-trace", description="A run's spans as a timeline, and its slow ranks.")
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument("--output", type=Path, help="the trace to write (default: RUN/trace.json)")
@@ -148,14 +167,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--threshold", type=float, default=0.1, help="share of the median step by which a slow rank is slower"
     )
     given = parser.parse_args(arguments)
+    if given.steps and given.steps[0] > given.steps[1]:
+        parser.error(f"--steps {given.steps[0]} {given.steps[1]}: the first step comes after the last.")
     steps = range(given.steps[0], given.steps[1] + 1) if given.steps else None
+    output: Path = given.output or given.run / "trace.json"
     try:
         spans = list(read_spans(given.run, steps))
-    except NoSpansError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    output: Path = given.output or given.run / "trace.json"
-    output.write_text(json.dumps(chrome_trace(spans)))
+        output.write_text(json.dumps(chrome_trace(spans)))
+    except SpansError as error:
+        sys.stderr.write(f"titan-trace: {error}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"titan-trace: Cannot write {output}: {error.strerror}. Name another file with --output.\n")
+        return 1
     sys.stdout.write(f"{len(spans):,} spans in {output}; open it in https://ui.perfetto.dev.\n")
     sys.stdout.write(summary(find_stragglers(phases(spans), share=given.threshold)) + "\n")
     return 0

@@ -80,9 +80,12 @@ def open_page(chromium):
     """Opens an address and fails in the end if the page complained, or asked the network for anything."""
     contexts, complaints = [], []
 
-    def open_(address, *, width=1440, scheme="light", live=False):
+    def open_(address, *, width=1440, scheme="light", live=False, language=None):
         context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, locale="en-US")
         contexts.append(context)
+        if language is not None:
+            override = f"Object.defineProperty(navigator, 'language', {{ value: '{language}', configurable: true }})"
+            context.add_init_script(override)
         tab = context.new_page()
         tab.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
@@ -129,6 +132,11 @@ def test_a_run_with_little_in_it_is_still_a_page(bare_run, report, open_page, wi
     assert tab.evaluate(WITHOUT_DATA, "every") == []
     assert tab.evaluate(CLIPPED) == []
     assert tab.locator("#timeline .empty").is_visible()
+
+
+def test_a_language_that_no_format_knows_does_no_harm(make_run, report, open_page):
+    tab = open_page(report(make_run("a")), language="en-US@posix")
+    assert tab.evaluate(WITHOUT_DATA, "every") == []
 
 
 def test_the_switches_change_the_curves(make_run, report, open_page):

@@ -44,7 +44,17 @@ class Sampling:
         return found
 
 
-@torch.no_grad()
+def check_request(prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling) -> None:
+    """Raises `SamplingError` if `sampling` has problems, a prompt is empty or there is none, or nothing is wanted."""
+    problems = sampling.problems()
+    if not prompts or not all(prompts):
+        problems.append("every prompt needs a token to go on from, and one of them has none.")
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if problems:
+        raise SamplingError(" ".join(problems))
+
+
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -65,15 +75,9 @@ def generate(
         device: where the model is.
 
     Raises:
-        SamplingError: if `sampling` has problems, a prompt is empty, or there is none; before anything is yielded.
+        SamplingError: see `check_request`; before anything is yielded.
     """
-    problems = sampling.problems()
-    if not prompts or not all(prompts):
-        problems.append("every prompt needs a token to go on from, and one of them has none.")
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-    if problems:
-        raise SamplingError(" ".join(problems))
+    check_request(prompts, max_new_tokens, sampling)
     return _generate(model, prompts, max_new_tokens, frozenset(stop), sampling, torch.device(device))
 
 

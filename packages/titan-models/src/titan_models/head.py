@@ -30,7 +30,9 @@ class Head(nn.Module):
             return hidden @ self.weight.T
         chunk = self.chunk_tokens or (CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else GPU_CHUNK_TOKENS)
         # Gradients are computed in the forward pass, unless nobody will ask for them.
-        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        weight = self.weight
+        if not torch.is_grad_enabled():
+            hidden, weight = hidden.detach(), weight.detach()
         return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), chunk)
 
 

@@ -34,13 +34,3 @@ def flops_by_precision(forward: Mapping[str, float], converted: Collection[str],
         shares[precision] = shares.get(precision, 0.0) + quantized / 3
         shares[HIGH] += (1 - quantized) / 3
     return {precision: share for precision, share in shares.items() if share}
-
-
-def mixed_peak(shares: Mapping[str, float], peaks: Mapping[str, float]) -> float:
-    """FLOP/s of a device that does each share of the work at the peak of its precision, one after the other.
-
-    Args:
-        shares: as `flops_by_precision` returns them.
-        peaks: precision -> peak FLOP/s, of every precision that has a share.
-    """
-    return 1 / sum(share / peaks[precision] for precision, share in shares.items())

@@ -9,6 +9,7 @@ from titan_quant.linear import LowPrecisionLinear
 
 # How models without roles call the layer that makes logits. It is a small part of the work, and the loss feels its
 # rounding first.
+_USUAL_ROLES = ("colwise", "rowwise")  # the default, of which a model may lack one
 _HEADS = ("lm_head", "head", "output", "embed_out", "classifier", "score")
 
 
@@ -31,9 +32,14 @@ def select_linears(
     `include` names, and nothing that `exclude` names. `option` begins the names of these lists in messages.
 
     Raises:
-        SelectionError: if a name of `include` or `exclude` fits nothing, or a layer so included is not computed as
-            `nn.Linear` does.
+        SelectionError: if a name of `include` or `exclude` fits nothing, nothing has a wanted role, or a layer so
+            included is not computed as `nn.Linear` does.
     """
+    if roles is not None and (lost := [role for role in wanted if role not in (*_USUAL_ROLES, *roles.values())]):
+        raise SelectionError(
+            f"{option}.roles: nothing in the model has the role {', '.join(map(repr, lost))}. There are "
+            f"{', '.join(sorted(set(roles.values())))}."
+        )
     modules = dict(model.named_modules())
     _check_patterns(modules, exclude, f"{option}.exclude")
     linears = {fqn: module for fqn, module in modules.items() if isinstance(module, nn.Linear)}

@@ -18,7 +18,7 @@ PAGE_POINTS = 240_000
 
 _BUCKETS = (24, 600)  # that a curve is drawn from at least and at most
 _POINTS_PER_BUCKET = 3  # the lowest, the highest, the mean
-_ELSEWHERE = ("norms.", "time.", "allocator.", "checkpoint_seconds", "validation_seconds")  # shown, or always zero
+_ELSEWHERE = ("norms.", "time.", "allocator.", "checkpoint_seconds")  # shown, or always zero
 _OTHERS = 48  # charts of metrics that the page knows nothing of
 
 Select = Callable[[Run], dict[str, Curve]]
@@ -154,7 +154,7 @@ def _time(runs: Sequence[Run]) -> list[Chart]:
         )
         for i, run in enumerate(runs)
     ]
-    waits = _each({"checkpoint_seconds": "checkpoints", "validation_seconds": "validation"})
+    waits = _each({"checkpoint_seconds": "checkpoints", "time.validation": "validation"})
     pauses = _chart(runs, "pauses", "Pauses", lambda run: _above_zero(waits(run)), "of training", "seconds")
     return [*stacked, pauses]
 

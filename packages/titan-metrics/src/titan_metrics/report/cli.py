@@ -22,7 +22,10 @@ PORT = 8477
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does what `arguments` (the process's own if None) ask for and returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.steps and options.steps[0] > options.steps[1]:
+        parser.error(f"--steps {options.steps[0]} {options.steps[1]}: the first step comes after the last.")
 
     def announce(address: str) -> None:
         _say(f"{address} shows the run while it goes on; Ctrl-C ends it.")

@@ -77,7 +77,9 @@ def page(document: Document, *, live: bool = False) -> str:
             live=live,
             version=__version__,
             styles=[_asset("uPlot-1.6.32.min.css"), _asset("page.css")],
-            scripts=[_asset(name) for name in ("uPlot-1.6.32.min.js", "lines.js", "charts.js", "page.js")],
+            scripts=[
+                _asset(name) for name in ("language.js", "uPlot-1.6.32.min.js", "lines.js", "charts.js", "page.js")
+            ],
         )
     )
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from titan_metrics.report.files import JsonLines, ReportError, parse_line, unreadable
 from titan_metrics.stragglers import Phase, Straggler, find_stragglers
-from titan_metrics.trace import Process, RecordedSpan, phases
+from titan_metrics.trace import RecordedSpan, SpansError, phases, recorded_spans
 
 _READ_BYTES = 64 << 20  # of all ranks together
 _RANK_BYTES = (256 << 10, 4 << 20)  # of one rank at least and at most, if its steps are long
@@ -21,7 +21,6 @@ _FIRST_BYTES = 64 << 10  # of one rank, before it is known how long its steps ar
 _CHUNK = 1 << 20
 _LATEST_STEPS = 24  # that a rank's means are taken over
 _START = b'{"start"'
-_OWN = ("name", "step", "at", "seconds", "depth")
 
 
 class RunSpans:
@@ -103,27 +102,10 @@ def _last_done(spans: list[RecordedSpan]) -> list[RecordedSpan]:
 
 
 def _recorded(records: Iterator[dict[str, Any]], path: Path) -> Iterator[RecordedSpan]:
-    process = None
-    for record in records:
-        try:
-            if "start" in record:
-                start = record["start"] - (record.get("clock_offset") or 0.0)
-                process = Process(record["rank"], record["host"], record["process"], start)
-            elif process is not None and "thread" not in record:
-                yield RecordedSpan(
-                    process=process,
-                    name=record["name"],
-                    step=record["step"],
-                    start=process.start + record["at"],
-                    seconds=record["seconds"],
-                    depth=record["depth"],
-                    attributes={key: value for key, value in record.items() if key not in _OWN},
-                )
-        except (KeyError, TypeError) as error:
-            raise ReportError(
-                f"{path} has a line that is no span ({error}): {str(record)[:80]}. Only titan_metrics.spans "
-                "should write there; remove the line, or move the file away."
-            ) from error
+    try:
+        yield from (span for span in recorded_spans(records, path) if "thread" not in span.attributes)
+    except SpansError as error:
+        raise ReportError(str(error)) from error
 
 
 def _end_of(path: Path, limit: int) -> Iterator[dict[str, Any]]:
