@@ -148,11 +148,14 @@ def _gathered(config: TrainConfig) -> dict[str, int]:
 
 def test_activations_travel_as_float8_between_cut_layers() -> None:
     config = change(quantized("float8_tensorwise"), precision=TINY.precision, **layout(tp=2))
-    kinds = {(flow.kind, flow.dtype) for flow in explain(config, 2).traffic if flow.axis == "tp"}
-    assert ("all-gather", "uint8") in kinds
-    assert ("all-gather", "uint8") not in {
-        (flow.kind, flow.dtype) for flow in explain(change(config, quant=QuantConfig()), 2).traffic
-    }
+    counts = {}
+    for kind, each in {"float8": config, "plain": change(config, quant=QuantConfig())}.items():
+        flows = [flow for flow in explain(each, 2).traffic if (flow.axis, flow.kind) == ("tp", "all-gather")]
+        counts[kind] = {flow.dtype: flow.count for flow in flows}
+    # Into each region forward and, from behind it, backward: of two blocks, attention and feed-forward.
+    assert counts["float8"]["uint8"] == 2 * 2 * 2
+    assert "uint8" not in counts["plain"]
+    assert counts["plain"]["float32"] - counts["float8"]["float32"] == 2 * 2 * 2
 
 
 def test_a_dry_run_names_what_travels_in_float8(tmp_path: Path) -> None:

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 
+from ranks import run_ranks
 from runs import change, curve, layout, metrics, titan_train, train
+from titan_core.shards import local
 from titan_metrics.goodput import goodput
 from titan_metrics.nonfinite import NonFiniteError
+from titan_metrics.replicas import ReplicasDifferError
 from titan_train import trainer
 from titan_train.config import TrainConfig
 from titan_train.config_file import to_json
+from titan_train.hooks import Hook, Step
 from titan_train.interrupt import Interrupt
 
 
@@ -80,6 +84,35 @@ def test_documents_cost_less_than_rows(tiny: TrainConfig, tmp_path: Path) -> Non
     whole = train(tiny, tmp_path / "whole", **{"training.steps": 1, "data.confine_attention": False})[0]
     work = [line["tflops_per_device"] / line["tokens_per_second"] for line in (confined, whole)]
     assert work[0] < work[1]
+
+
+def test_copies_that_differ_end_a_run(tiny: TrainConfig, tmp_path: Path) -> None:
+    changes = {"debug.check_replicas_every": 2, **layout(dp_replicate=2)}
+    config = change(tiny, output=str(tmp_path / "run"), **changes)
+
+    def run() -> str:
+        build = trainer.build_hooks
+        trainer.build_hooks = lambda *args: [*build(*args), Meddle(args[0])]
+        try:
+            trainer.train(config, Interrupt(alone=False), name="test")
+        except ReplicasDifferError as error:
+            return str(error)
+        return "they agree"
+
+    for told in run_ranks(2, run):
+        assert "norm.weight" in told
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+
+
+class Meddle(Hook):
+    """Changes a bit of what one rank holds a copy of."""
+
+    def __init__(self, owner: trainer.Trainer) -> None:
+        self.owner = owner
+
+    def end_step(self, step: Step) -> None:
+        if step.number == 2 and self.owner.env.rank == 1:
+            local(self.owner.model.norm.weight).data[0] += 1e-6
 
 
 def test_what_is_not_finite_is_named(tiny: TrainConfig, tmp_path: Path) -> None:

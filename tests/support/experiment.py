@@ -166,7 +166,9 @@ def run_here(
         optimizer.step()
         optimizer.zero_grad()
         laid_out.routers.finish_step()
+        kinds = {name: type(p) for name, p in model.named_parameters()}
         evaluation = laid_out.evaluate({name: rows for name, rows in own.items() if name != "row_weights"})
+        assert {name: type(p) for name, p in model.named_parameters()} == kinds, "parameters stay gathered"
         evaluations.append((evaluation if meshes is None else sum_over(evaluation, meshes.data)).item())
     parameters = {name: _whole(tensor) for name, tensor in ModelState(model).state_dict().items()}
     loads = {name: _whole(load) for name, load in laid_out.routers.loads.items()}

@@ -48,11 +48,6 @@ class LaidOut:
         rules = {**self.rewrites.adapters.init, **self._config.model.init_rules()}
         init_parameters(self.model, rules, self._config.training.seed)
 
-    def weights_changed(self) -> None:
-        """Has to be called after weights were read or moved."""
-        if self._float8_gather is not None:
-            self._float8_gather.precompute_scales()
-
     def update(self, optimizer: Optimizer, number: int, stages: ProcessGroup | None) -> tuple[Tensor, float]:
         """Clips the gradients of step `number`, counted from 1, and moves the parameters by them.
 
@@ -65,7 +60,8 @@ class LaidOut:
         optimizer.step()
         optimizer.zero_grad()
         self.layout.routers.finish_step()
-        self.weights_changed()
+        if self._float8_gather is not None:
+            self._float8_gather.precompute_scales()
         return norm, lr
 
 

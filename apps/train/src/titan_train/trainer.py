@@ -207,7 +207,6 @@ class Trainer:
         """Steps until `training.steps` or an interrupt, saving on the way; returns the signal that has ended it."""
         total, timer = self.config.training.steps, Timer(self.config.checkpoint)
         started_at, started = self.progress.step, time.perf_counter()
-        self.laid_out.weights_changed()  # they were drawn, or read
         self.record.ready(self.model, started_at)
         with interrupt.deferred(), contextlib.closing(self.loader):
             ended_by = Votes(*self.env.agree(interrupt.vote)).ended_by  # it may have come while the run started
