@@ -196,7 +196,7 @@ def test_parts_can_be_left_out_once_when_a_run_resumes(tiny, tmp_path):
     assert curve(metrics(run))[:5] == curve(whole)[:5]  # the loss of a step is known before the optimizer's
     assert curve(metrics(run))[5] != curve(whole)[5]
     refused = titan_train("--config", path, "--checkpoint.exclude", "model")
-    assert "checkpoint.exclude names model; choose among optimizer, data, rng" in refused.stderr
+    assert "checkpoint.exclude names model; choose among optimizer, data, guard, rng" in refused.stderr
     nothing = titan_train("--config", path, "--checkpoint.exclude", "optimizer", "--output", tmp_path / "new")
     assert "has nothing to leave parts out of" in nothing.stderr
 

@@ -69,7 +69,7 @@ def test_differences_name_the_fields():
 
 def test_parts_are_visible_in_the_configuration():
     what = part_of(llama3_debug(), "what")
-    assert set(what) == {"model", "data", "training", "optimizer", "schedule", "precision", "quant", "lora"}
+    assert set(what) == {"model", "data", "training", "optimizer", "schedule", "guard", "precision", "quant", "lora"}
     assert "source" not in what["data"]
     how = part_of(llama3_debug(), "how")
     assert set(how) == {"model", "data", "training", "optimizer", "quant", "parallel", "remat", "compile", "device"}

@@ -93,8 +93,10 @@ def test_roles_and_names_choose_and_what_does_not_fit_is_refused():
     )
     with pytest.raises(SelectionError, match=r"lora\.exclude.*'w3'"):
         add_lora(build(), LoRAConfig(rank=2, exclude=("w3",)))
-    with pytest.raises(SelectionError, match=r"No layer .*its role is head"):
+    with pytest.raises(SelectionError, match=r"nothing in the model has the role 'gate'"):
         add_lora(build(), LoRAConfig(rank=2, roles=("gate",)), roles)
+    with pytest.raises(SelectionError, match=r"No layer .*its role is head"):
+        add_lora(build(), LoRAConfig(rank=2, roles=("colwise",), exclude=("w*",)), roles)
     with pytest.raises(ValueError, match=r"lora\.rank is -1"):
         add_lora(build(), LoRAConfig(rank=-1))
     assert add_lora(build(), LoRAConfig()).layers == ()

@@ -1,6 +1,6 @@
 """What a run and its rehearsal have in common: laying out the model, and what follows the gradients of a step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from titan_core.clip import clip_gradients
 from titan_core.init import init_parameters, materialize
 from titan_core.layout import Layout
-from titan_core.optim import set_lr
+from titan_core.optim import set_lr, step_unless
 from titan_core.parallelize import parallelize
 from titan_core.param_groups import check_groups
 from titan_core.roles import resolve_roles
@@ -48,18 +48,31 @@ class LaidOut:
         rules = {**self.rewrites.adapters.init, **self._config.model.init_rules()}
         init_parameters(self.model, rules, self._config.training.seed)
 
-    def update(self, optimizer: Optimizer, number: int, stages: ProcessGroup | None) -> tuple[Tensor, float]:
+    def update(
+        self,
+        optimizer: Optimizer,
+        number: int,
+        stages: ProcessGroup | None,
+        judge: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, float]:
         """Clips the gradients of step `number`, counted from 1, and moves the parameters by them.
 
-        Returns the gradients' norm before clipping, and the learning rate. `stages`: the ranks with the other stages
-        of this rank's pipeline.
+        Args:
+            optimizer: of the model.
+            number: by which the learning rate and stochastic rounding go.
+            stages: the ranks with the other stages of this rank's pipeline.
+            judge: makes of the gradients' norm what `step_unless` heeds; None moves parameters in any case.
+
+        Returns:
+            The gradients' norm before clipping, and the learning rate.
         """
         norm = clip_gradients(self.model.parameters(), self._config.optimizer.max_grad_norm, stages)
         lr = self._config.optimizer.lr * lr_factor(self._config.schedule, number)
         set_lr(optimizer, lr)
-        optimizer.step()
+        skip = None if judge is None else judge(norm)
+        step_unless(optimizer, skip, number)
         optimizer.zero_grad()
-        self.layout.routers.finish_step()
+        self.layout.routers.finish_step(skip)
         if self._float8_gather is not None:
             self._float8_gather.precompute_scales()
         return norm, lr

@@ -36,6 +36,7 @@ _RAISED_BY_ALL = (
     "titan_train.resume",
     "titan_train.origin",
     "titan_train.configure",
+    "titan_train.guard",
     "titan_ckpt.",
 )
 

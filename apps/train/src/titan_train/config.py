@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from titan_ckpt.config import CheckpointConfig
-from titan_core.config import CompileConfig, OptimizerConfig, ParallelConfig, RematConfig, ScheduleConfig
+from titan_core.config import CompileConfig, GuardConfig, OptimizerConfig, ParallelConfig, RematConfig, ScheduleConfig
 from titan_data.config import DataConfig
 from titan_data.loader_config import LoaderConfig
 from titan_data.mixture_config import MixtureConfig
@@ -107,6 +107,8 @@ class TrainConfig:
     """AdamW and clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over the steps."""
+    guard: GuardConfig = GuardConfig()
+    """What happens to steps that diverge."""
     precision: MixedPrecision = MixedPrecision()
     """Dtypes of weights, computation and reduction."""
     quant: QuantConfig = QuantConfig()

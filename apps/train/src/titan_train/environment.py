@@ -75,6 +75,14 @@ class Environment:
         dist.all_gather_object(parts, values, group=self.stages)
         return {name: value for part in parts for name, value in part.items()}
 
+    def gather(self, value: T) -> list[T]:
+        """The `value`, which must be picklable, of every rank, in their order."""
+        if self.meshes is None:
+            return [value]
+        values: list[Any] = [None] * self.degrees.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """The sums of `numbers` over all ranks, on the CPU, so that no GPU waits; every rank gets the same."""
         if self.meshes is None:

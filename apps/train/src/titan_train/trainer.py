@@ -8,7 +8,6 @@ ranks share.
 
 import contextlib
 import dataclasses
-import math
 import signal
 import time
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from titan_train.config_file import RUN_CONFIG, to_json
 from titan_train.data import Dataset, build_loader, epochs_by_source, open_data, open_validation, tokenizer_files
 from titan_train.environment import Environment, environment
 from titan_train.export import export, is_exported
+from titan_train.guard import BadStep, Guard
 from titan_train.hooks import Hook, LogSamples, Step, build_log
 from titan_train.interrupt import Interrupt
 from titan_train.origin import Origin, find_origin
@@ -53,10 +53,6 @@ from titan_train.validate import check_vocabulary
 from titan_train.validation import Validate
 from titan_train.votes import Votes
 from titan_train.weights import load_weights
-
-
-class DivergedError(RuntimeError):
-    """The loss or its gradient is not finite; going on or saving would only do harm."""
 
 
 def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Signals | None:
@@ -113,10 +109,16 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
                 trainer.resume(checkpointer, checkpoint)
         elif config.checkpoint.init_from is not None:
             trainer.start_from(find_origin(config.checkpoint.init_from))
-        hooks = build_hooks(trainer, validation_sets, checkpoint)
-        for hook in hooks:
-            cleanup.callback(hook.close)
-        ended_by = trainer.run(checkpointer, hooks, interrupt)
+        record.ready(trainer.model, trainer.progress.step)
+        while True:
+            with contextlib.ExitStack() as hooked:
+                hooks = build_hooks(trainer, validation_sets, checkpoint)
+                for hook in hooks:
+                    hooked.callback(hook.close)
+                ended_by = trainer.run(checkpointer, hooks, interrupt)
+            if not isinstance(ended_by, BadStep):
+                break
+            checkpoint = trainer.go_back(checkpointer, ended_by)
         if status:
             status.end(trainer.progress.step, ended_by)
         return ended_by
@@ -165,10 +167,12 @@ class Trainer:
         on_gpu = env.device.type == "cuda"
         self.loader = build_loader(config, dataset, rank=env.data_rank, rows=share.rows, on_gpu=on_gpu)
         self.progress = Progress()
+        self.guard = Guard(config.guard, env, Path(config.output or ""))
         self.state = {
             "model": ModelState(self.model),
             "optimizer": OptimizerState(self.optimizer, self.model),
             "data": self.loader,
+            "guard": self.guard,
             "progress": self.progress,
         }
         self.per_rank_state = {"rng": RngState()}
@@ -203,16 +207,33 @@ class Trainer:
         load_weights(self.model, origin, verify_hashes=self.config.checkpoint.verify_hashes)
         self.env.say(f"Started from the weights in {origin.place}.")
 
-    def run(self, checkpointer: Checkpointer, hooks: Sequence[Hook], interrupt: Interrupt) -> signal.Signals | None:
-        """Steps until `training.steps` or an interrupt, saving on the way; returns the signal that has ended it."""
+    def go_back(self, checkpointer: Checkpointer, bad: BadStep) -> Checkpoint:
+        """Returns to the newest checkpoint, with the batch after the `bad` step next."""
+        checkpointer.wait()
+        checkpoint = self.guard.go_back(bad, checkpointer.newest_whole())
+        with self.record.aside("restore", "restore", checkpoint.step), contextlib.closing(self.loader):
+            self.resume(checkpointer, checkpoint)
+            for number in range(checkpoint.step + 1, bad.number + 1):
+                self.guard.leave_out(number, next(self.loader)["sample_ids"])
+        return checkpoint
+
+    def run(
+        self, checkpointer: Checkpointer, hooks: Sequence[Hook], interrupt: Interrupt
+    ) -> signal.Signals | BadStep | None:
+        """Steps until `training.steps`, an interrupt or a step to go back from, saving on the way; says what ended it.
+
+        Raises:
+            DivergedError: if a step diverges, and the configuration does not say how to go on.
+        """
         total, timer = self.config.training.steps, Timer(self.config.checkpoint)
         started_at, started = self.progress.step, time.perf_counter()
-        self.record.ready(self.model, started_at)
         with interrupt.deferred(), contextlib.closing(self.loader):
             ended_by = Votes(*self.env.agree(interrupt.vote)).ended_by  # it may have come while the run started
             while ended_by is None and self.progress.step < total:
                 vote = interrupt.vote._replace(
-                    save=int(self.env.is_main and timer.is_time()), save_failed=int(checkpointer.failed)
+                    save=int(self.env.is_main and timer.is_time()),
+                    save_failed=int(checkpointer.failed),
+                    bad_step=int(self.guard.noticed()),
                 )
                 step = self.step(vote)
                 ended_by = step.votes.ended_by
@@ -223,8 +244,10 @@ class Trainer:
                     checkpointer.wait()  # raises on all ranks
                 kind = due(self.config.checkpoint, step.number, is_last=step.is_last, is_time=step.votes.save > 0)
                 exports = self.config.export.due(step.number, is_last=step.is_last and step.votes.ended_by is None)
-                if kind is not None or exports:
-                    self._refuse_divergence(step)
+                saves = kind is not None or exports
+                if (step.votes.bad_step or step.is_last or saves) and (bad := self.guard.settle()) is not None:
+                    return bad
+                if saves:
                     self.save(checkpointer, hooks, permanent=kind == "permanent", exports=exports)
                     timer.restart()
             checkpointer.wait()
@@ -253,8 +276,12 @@ class Trainer:
         with span("forward_backward"):
             loss = self.layout.accumulate(self._inputs(batch, valid), divisor=max(valid, 1))
         self.record.after_backward()
+
+        def judge(grad_norm: Tensor) -> Tensor:
+            return self.guard.judge(number, self.env.sum_loss(loss.detach().clone()), grad_norm, batch["sample_ids"])
+
         with self.record.update(number):
-            grad_norm, lr = self.laid_out.update(self.optimizer, number, self.env.stages)
+            grad_norm, lr = self.laid_out.update(self.optimizer, number, self.env.stages, judge)
         tokens = self.config.training.global_batch_size * self.config.training.seq_len
         self.progress.advance(tokens)
         return Step(
@@ -284,16 +311,6 @@ class Trainer:
             weights = (batch["labels"] != IGNORED_LABEL).sum(1, dtype=torch.float64) / max(valid, 1)
             inputs["row_weights"] = weights.to(self.env.device)
         return inputs
-
-    def _refuse_divergence(self, step: Step) -> None:
-        """Raises `DivergedError` on all ranks if the step's loss or gradient is not finite."""
-        loss, norm = self.env.sum_loss(step.loss.clone()).item(), step.grad_norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DivergedError(
-                f"The loss is {loss} and the gradient norm {norm} at step {step.number}. The run has diverged and "
-                "stops without saving, so that earlier checkpoints stay. See metrics.jsonl for the first such line; "
-                "a lower --optimizer.lr or a longer --schedule.warmup-steps usually helps."
-            )
 
     def save(self, checkpointer: Checkpointer, hooks: Sequence[Hook], *, permanent: bool, exports: bool) -> None:
         """Saves the state after the last step, or begins to, with all that a model needs to be used alone.

@@ -33,6 +33,7 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *config.optimizer.problems(),
         *config.optimizer.offload_problems(config.device, config.parallel),
         *config.schedule.problems(),
+        *config.guard.problems(),
         *config.metrics.problems(),
         *config.spans.problems(),
         *config.profiling.problems(),
@@ -121,7 +122,7 @@ def _export_problems(config: TrainConfig) -> list[str]:
 
 
 # Parts of a checkpoint that a run can have anew.
-_EXCLUDABLE = ("optimizer", "data", "rng")
+_EXCLUDABLE = ("optimizer", "data", "guard", "rng")
 
 
 def _range_problems(config: TrainConfig) -> list[str]:
@@ -141,6 +142,8 @@ def _range_problems(config: TrainConfig) -> list[str]:
 
 def _checkpoint_problems(config: TrainConfig) -> list[str]:
     found = config.checkpoint.problems()
+    if config.guard.policy == "rewind" and not config.checkpoint.enabled:
+        found.append("guard.policy rewind goes back to checkpoints, but checkpoint.enabled is off; leave it on.")
     if wrong := sorted(set(config.checkpoint.exclude) - set(_EXCLUDABLE)):
         found.append(
             f"checkpoint.exclude names {', '.join(wrong)}; choose among {', '.join(_EXCLUDABLE)}. (To take nothing but "

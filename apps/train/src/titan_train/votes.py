@@ -16,6 +16,9 @@ class Votes(NamedTuple):
     save_failed: int = 0
     """Its part of the last checkpoint could not be written."""
 
+    bad_step: int = 0
+    """Has seen that a step must not count."""
+
     @property
     def ended_by(self) -> signal.Signals | None:
         """The signal by which all ranks end; None if they go on."""

@@ -5,7 +5,8 @@ they are kept again in their format. So what is wide is never as large as a larg
 of torch's AdamW. With the same gradients, moments and parameters get the same bits on every layout.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class AdamW(Optimizer):
         """`seed`: what stochastic rounding draws from; `on_host`: keep moments in the host's memory."""
         super().__init__(groups, defaults={})
         self._config, self._seed, self._on_host = config, seed, on_host
+        self.found_inf: Tensor | None = None
+        """1.0 where parameters live if the next step must change nothing, 0.0 if it may: a float32 scalar, or None."""
+        self.number: int | None = None
+        """The number of the next step, by which stochastic rounding draws; None: one more than were taken."""
         store = MomentStore(config.state_dtype, on_host=on_host)
         self._moments: dict[Tensor, Moments] = {
             parameter: store.moments_of(parameter) for group in self.param_groups for parameter in group["params"]
@@ -51,7 +56,8 @@ class AdamW(Optimizer):
         """Gives moments of zero to parameters that have none."""
         for parameter, moments in self._moments.items():
             if not self.state[parameter]:
-                self.state[parameter] = {"step": torch.zeros((), dtype=torch.float32)} | moments.create()
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                self.state[parameter] = {"step": step} | moments.create()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses: torch's method would convert codes into numbers of the parameter's dtype."""
@@ -68,6 +74,8 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.create_state()
+        if self._on_host and self.found_inf is not None and self.found_inf.item():
+            return loss  # the host is waited for below in any case
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.grad is not None:
@@ -79,30 +87,37 @@ class AdamW(Optimizer):
     def _move(self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, moments = self.state[parameter], self._moments[parameter]
         state["step"] += 1
-        # The counter is in the host's memory, so reading it waits for nothing; a fake one has no value.
-        number = 1 if is_fake(state["step"]) else int(state["step"])
         numbers, gradients = as_rows(parameter), as_rows(gradient)
         wide = wide_dtype(parameter)
-        for_moments = self._draws(parameter, number, name, "moments", self._config.state_rounding)
-        for_numbers = self._draws(parameter, number, name, "parameter", self._config.parameter_rounding)
+        for_moments = self._draws(parameter, name, "moments", self._config.state_rounding)
+        for_numbers = self._draws(parameter, name, "parameter", self._config.parameter_rounding)
+        kept = {key: as_rows(tensor) for key, tensor in state.items() if key != "step"}
         for rows in row_runs(parameter, len(numbers)):
-            first, second = moments.read(state, rows)
-            moved = numbers[rows].to(wide)
-            _take_step(
-                [moved, gradients[rows].to(wide), first, second],
-                number,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                betas=(self._config.beta1, self._config.beta2),
-                eps=self._config.eps,
-            )
-            moments.write(state, rows, first, second, for_moments.bits(rows) if for_moments else None)
-            if for_numbers and parameter.dtype == torch.bfloat16:
-                moved = round_stochastically(moved, low_half(for_numbers.bits(rows)))
-            numbers[rows].copy_(moved)
+            with _unchanged_if(self.found_inf, [numbers[rows], *(tensor[rows] for tensor in kept.values())]):
+                first, second = moments.read(state, rows)
+                moved = numbers[rows].to(wide)
+                _take_step(
+                    [moved, gradients[rows].to(wide), first, second],
+                    state["step"],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    betas=(self._config.beta1, self._config.beta2),
+                    eps=self._config.eps,
+                    found_inf=self.found_inf,
+                )
+                moments.write(state, rows, first, second, for_moments.bits(rows) if for_moments else None)
+                if for_numbers and parameter.dtype == torch.bfloat16:
+                    moved = round_stochastically(moved, low_half(for_numbers.bits(rows)))
+                numbers[rows].copy_(moved)
+        if self.found_inf is not None:
+            state["step"] -= self.found_inf
 
-    def _draws(self, parameter: Tensor, number: int, name: str, purpose: str, rounding: str) -> Draws | None:
-        return Draws(parameter, self._seed, number, name, purpose) if rounding == "stochastic" else None
+    def _draws(self, parameter: Tensor, name: str, purpose: str, rounding: str) -> Draws | None:
+        if rounding != "stochastic":
+            return None
+        step = self.state[parameter]["step"]
+        number = self.number or (1 if is_fake(step) else int(step))  # what is fake has no value
+        return Draws(parameter, self._seed, number, name, purpose)
 
 
 def row_runs(parameter: Tensor, rows: int) -> Iterable[slice]:
@@ -114,7 +129,19 @@ def row_runs(parameter: Tensor, rows: int) -> Iterable[slice]:
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 
-def _take_step(tensors: list[Tensor], number: int, **settings: Any) -> None:
+@contextlib.contextmanager
+def _unchanged_if(skip: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Puts `tensors` back to what they were if `skip` is 1.0, without reading it."""
+    if skip is None:
+        yield
+        return
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(skip > 0, old, tensor))
+
+
+def _take_step(tensors: list[Tensor], number: Tensor, **settings: Any) -> None:
     """The step `number` of [parameter, gradient, first moment, second moment], all in the same dtype and shape."""
     size = tensors[0].numel()
     if tensors[0].device.type == "cpu" and size % _VECTORS:

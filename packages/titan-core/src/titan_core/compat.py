@@ -151,16 +151,18 @@ def compute_local_shape_and_global_offset(
 
 def fused_adamw(
     tensors: Sequence[Tensor],
-    number: int,
+    number: Tensor,
     *,
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
+    found_inf: Tensor | None,
 ) -> None:
     """One pass over a parameter, its gradient and its two moments: the step `number`, counted from 1, of AdamW.
 
-    They have one dtype, shape and device. torch.optim's public functions count steps themselves.
+    They have one dtype, shape and device; nothing happens if `found_inf` is 1.0. torch.optim's public functions count
+    steps themselves.
     """
     parameter, gradient, first, second = tensors
     torch._fused_adamw_(
@@ -169,7 +171,7 @@ def fused_adamw(
         [first],
         [second],
         [],
-        [torch.full((), float(number), device=parameter.device)],
+        [number],
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],
@@ -177,6 +179,7 @@ def fused_adamw(
         eps=eps,
         amsgrad=False,
         maximize=False,
+        found_inf=found_inf,
     )
 
 

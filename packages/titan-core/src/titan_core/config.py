@@ -264,3 +264,40 @@ class ScheduleConfig:
         if self.total_steps is not None and self.total_steps < 1:
             problems.append(f"schedule.total_steps is {self.total_steps}; it must be at least 1.")
         return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What happens to a step whose loss or gradient is not finite, or whose loss is a spike."""
+
+    policy: Literal["raise", "skip", "rewind"] = "raise"
+    """Such a step never moves a parameter. raise: the run ends. skip: its step and its batch are used up without an
+    update. rewind: the run goes back to the newest checkpoint, and on from there with the batch after the bad one."""
+    sigma: float = 0.0
+    """A loss is a spike if it lies so many standard deviations above the mean of the last losses; 0: none is, and only
+    what is not finite counts."""
+    window: int = 128
+    """Steps that the mean and the deviation are of; nothing is a spike before there were so many good ones."""
+    max_skips: int = 10
+    """Steps in a row that may be skipped; the run ends with the next one."""
+    max_rewinds: int = 3
+    """Times that a run may go back; it ends the next time."""
+
+    def problems(self) -> list[str]:
+        """What is out of range or has no effect, each as one sentence; empty if nothing is."""
+        found = []
+        if not 0 <= self.sigma <= 1_000:
+            found.append(f"guard.sigma is {self.sigma}; it must lie between 0 and 1,000.")
+        if self.window < 2:
+            found.append(f"guard.window is {self.window}; it must be at least 2: one loss has no deviation.")
+        if self.window != GuardConfig.window and not self.sigma:
+            found.append(
+                "guard.window has no effect without --guard.sigma, which says how far from its mean is a spike."
+            )
+        for name, policy in (("max_skips", "skip"), ("max_rewinds", "rewind")):
+            value, default = getattr(self, name), getattr(GuardConfig, name)
+            if value < 1:
+                found.append(f"guard.{name} is {value}; it must be at least 1 (--guard.policy raise ends at once).")
+            if value != default and self.policy != policy:
+                found.append(f"guard.{name} has no effect with --guard.policy {self.policy}; it is for {policy}.")
+        return found

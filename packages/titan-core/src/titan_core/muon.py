@@ -5,7 +5,7 @@ https://kellerjordan.github.io/posts/muon; the scale that suits AdamW's learning
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ class Muon(Optimizer):
         state_dtype: StateDtype = "float32",
     ) -> None:
         """`state_dtype`: how momentum is kept (see `momentum_dtype`)."""
-        self._config, self._others, self._state_dtype = config, others, state_dtype
+        self._config, self.others, self._state_dtype = config, others, state_dtype
+        self.found_inf: Tensor | None = None
+        """1.0 where parameters live if the next step must change nothing, 0.0 if it may: a float32 scalar, or None."""
         matrices = [{**group, "orthogonal": True} for group in groups]
         super().__init__([*matrices, *(others.param_groups if others else [])], defaults={})
         dtype: torch.dtype = getattr(torch, config.ns_dtype)
@@ -54,11 +56,12 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._others is not None:
+        if self.others is not None:
             # Not once and for all in __init__: loading a state dict replaces both.
-            self._others.param_groups = [group for group in self.param_groups if "orthogonal" not in group]
-            self._others.state = self.state
-            self._others.step()
+            self.others.param_groups = [group for group in self.param_groups if "orthogonal" not in group]
+            self.others.state = self.state
+            cast(Any, self.others).found_inf = self.found_inf
+            self.others.step()
         self._accumulate()
         matrices = self._matrices()
         self._whole.apply(
@@ -77,14 +80,26 @@ class Muon(Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter, dtype=momentum_dtype(parameter, self._state_dtype))
             momentum, gradient = local(state["momentum"]), local(parameter.grad)
+            if self.found_inf is not None:  # even nothing of a NaN is a NaN
+                gradient.masked_fill_(self.found_inf > 0, 0.0)
             if momentum.dtype == gradient.dtype:
                 momenta.append(momentum)
                 gradients.append(gradient)
             else:
                 wide = torch.promote_types(momentum.dtype, gradient.dtype)
-                momentum.copy_(momentum.to(wide).lerp_(gradient.to(wide), 1 - self._config.momentum))
-        if momenta:
+                share = self._unless_skipped(1 - self._config.momentum, wide)
+                momentum.copy_(momentum.to(wide).lerp_(gradient.to(wide), share))
+        if momenta and self.found_inf is None:
             torch._foreach_lerp_(momenta, gradients, 1 - self._config.momentum)
+        for momentum, gradient in zip(momenta, gradients, strict=True) if self.found_inf is not None else ():
+            momentum.lerp_(gradient, self._unless_skipped(1 - self._config.momentum, momentum.dtype))
+
+    def _unless_skipped(self, number: float, dtype: torch.dtype, otherwise: float = 0.0) -> Any:
+        """`number`, or `otherwise` if the step must change nothing: a scalar on the device if that is not known."""
+        if self.found_inf is None:
+            return number
+        on_device = torch.full((), number, dtype=dtype, device=self.found_inf.device)
+        return on_device.masked_fill_(self.found_inf > 0, otherwise)
 
     def _update(self, parameter: Tensor, part: slice) -> Tensor:
         """What is to be made orthogonal."""
@@ -103,8 +118,11 @@ class Muon(Optimizer):
         rows, columns = parameter.shape[-2:]
         scale = 0.2 * max(rows, columns) ** 0.5 if self._config.scale == "rms" else max(1.0, rows / columns) ** 0.5
         matrices = own_stack(parameter)[part]
-        matrices.mul_(1 - group["lr"] * group["weight_decay"])
-        matrices.add_(orthogonal.to(matrices), alpha=-group["lr"] * scale)
+        matrices.mul_(self._unless_skipped(1 - group["lr"] * group["weight_decay"], matrices.dtype, 1.0))
+        orthogonal = orthogonal.to(matrices)
+        if self.found_inf is not None:
+            orthogonal = orthogonal.masked_fill(self.found_inf > 0, 0.0)
+        matrices.add_(orthogonal, alpha=-group["lr"] * scale)
 
 
 def momentum_dtype(parameter: Tensor, state_dtype: StateDtype) -> torch.dtype:

@@ -1,7 +1,7 @@
 """The optimizer of a model by role and parameter group, and optimizer state keyed by parameter name."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,21 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Sets the learning rate of every group to `lr`, times the group's `lr_factor` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
+def step_unless(optimizer: Optimizer, skip: Tensor | None, number: int) -> None:
+    """Moves parameters by their gradients, unless `skip`, a float32 scalar on their device, is 1.0.
+
+    Then no parameter and no state changes, whatever the gradients are, and no host waits to know. `number`: of the
+    step, counted from 1, by which stochastic rounding draws. `optimizer` is one that `build_optimizer` returns.
+    """
+    adamw = optimizer.others if isinstance(optimizer, Muon) else optimizer
+    if isinstance(adamw, AdamW):
+        adamw.number = number
+    if skip is not None:
+        skip = skip.to(optimizer.param_groups[0]["params"][0].device)  # elsewhere only where parameters are offloaded
+    cast(Any, optimizer).found_inf = skip  # torch's own name for it, which its fused optimizers read
+    optimizer.step()
 
 
 class ModelState:

@@ -45,15 +45,19 @@ class Routers:
             router.sum_over_sequence = partial(_sum, groups=sequence)
 
     @torch.no_grad()
-    def finish_step(self) -> None:
-        """Sums the loads of a step over all ranks, lets each router move its bias, and starts to count anew."""
+    def finish_step(self, skip: Tensor | None = None) -> None:
+        """Sums the loads of a step over all ranks, lets each router move its bias, and starts to count anew.
+
+        If `skip`, a float32 scalar, is 1.0, no bias moves.
+        """
         if not self._routers:
             return
         together = _sum(torch.cat([router.load for router in self._routers.values()]), self._groups)
         sizes = [router.load.numel() for router in self._routers.values()]
         for (fqn, router), load in zip(self._routers.items(), together.split(sizes), strict=True):
             self.loads[fqn] = load
-            router.finish_step(load)
+            # Nothing at all is a load that is even.
+            router.finish_step(load if skip is None else load.masked_fill(skip > 0, 0))
             router.load.zero_()
 
 
