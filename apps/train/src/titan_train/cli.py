@@ -14,7 +14,7 @@ from titan_train import flags
 from titan_train.config import TrainConfig
 from titan_train.config_file import to_json
 from titan_train.configure import configure
-from titan_train.interrupt import Interrupt, Preempted
+from titan_train.interrupt import Interrupt, Preempted, end_with_launcher
 from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, builtin_modules
 from titan_train.validate import validate
 
@@ -79,6 +79,8 @@ def run(arguments: Sequence[str]) -> int:
         if rehearsing:
             print(_rehearsed(config, world_size, chosen))
             return 0
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_launcher()
         with Interrupt(alone=_world_size() == 1) as interrupt:
             from titan_train.trainer import train
 

@@ -1,6 +1,7 @@
 """Signals that ask a run to save and end: SIGTERM and SIGUSR1, by which clusters take machines back, and Ctrl-C."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -10,7 +11,21 @@ from typing import Self
 
 from titan_train.votes import Votes
 
+_PR_SET_PDEATHSIG = 1
 _PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def end_with_launcher() -> None:
+    """Lets the system kill this process when the one that started it, torchrun, is no more.
+
+    Otherwise its ranks would train on unseen, in the way of those that torchrun's other agents start instead. Only Linux
+    can do so.
+    """
+    if sys.platform == "linux":
+        launcher = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it ended before we asked
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Preempted(KeyboardInterrupt):
