@@ -5,8 +5,10 @@ packages       each package and app alone: its wheel, its declared dependencies,
 wheels         all wheels together: versions that refuse each other fail here
 together       what needs several packages: real runs in one process and many
 browser        the run report in headless Chromium, which is fetched if it is not installed
+launchers      scripts/*.yaml against the schemas of SkyPilot and Kubernetes
 slow           long sweeps, not part of the default
 gpu_tests      a member's tests on a GPU; without one they fail rather than skip
+release        one member: is it ready? Then its files in dist/, tested, and the commands that publish them
 """
 
 import os
@@ -28,11 +30,30 @@ NEEDS = {"titan-train": PACKAGES, "titan-convert": ("titan-ckpt", "titan-models"
 
 # What has code of its own for a GPU; the others are the same on any device.
 WITH_GPU_TESTS = ("titan-core", "titan-models", "titan-quant", "titan-metrics", "titan-train")
-SPELLED = ("README.md", "CONTRIBUTING.md", "noxfile.py", "packages", "apps", "tests", "benchmarks", "scripts")
+SPELLED = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "noxfile.py",
+    ".github",
+    "packages",
+    "apps",
+    "tests",
+    "benchmarks",
+    "scripts",
+)
+
+YAML_STYLE = """
+extends: default
+rules:
+  line-length: {max: 140}
+  document-start: disable
+  truthy: {check-keys: false}
+  comments: {min-spaces-from-content: 1}
+"""
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "packages", "wheels", "together", "browser"]
+nox.options.sessions = ["lint", "packages", "wheels", "together", "browser", "launchers"]
 
 if sys.platform not in ("linux", "darwin"):
     sys.exit(f"titan is tested on Linux and macOS, not on {sys.platform}; on Windows use WSL 2.")
@@ -67,7 +88,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 
 
 # What `packages` and `together` run.
-DEFAULT = "not slow and not gpu and not browser"
+DEFAULT = "not slow and not gpu and not browser and not launchers"
 
 # Most tests wait for processes that start, one after another, on a machine that has more than one core.
 SIDE_BY_SIDE = ("--numprocesses=2", "--dist=worksteal")
@@ -78,12 +99,19 @@ def lint(session: nox.Session) -> None:
     """Checks style, types, imports and spelling without running any of our code."""
     # Editable, since the types and the walls are checked in the sources themselves.
     session.install(*(f"--editable={FOLDERS[name]}" for name in (*PACKAGES, *APPS)))
-    for name in ("titan-metrics", "titan-convert"):  # the extras that they import
+    for name in ("titan-core", "titan-metrics", "titan-convert"):  # the extras that they import
         session.install("--group", f"{FOLDERS[name] / 'pyproject.toml'}:test")
     session.install("--group", "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("codespell", *SPELLED)
+    session.run("shellcheck", "--external-sources", *map(str, sorted(ROOT.glob("scripts/*.sh"))))
+    workflows = sorted(map(str, ROOT.glob(".github/workflows/*.yml")))
+    session.run(
+        "yamllint", "--strict", "--config-data", YAML_STYLE, *workflows, *sorted(map(str, ROOT.glob("scripts/*.yaml")))
+    )
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("zizmor", "--offline", "--quiet", *workflows)
     session.run("lint-imports")
     session.run("pyrefly", "check")
     for folder in FOLDERS.values():
@@ -135,6 +163,17 @@ def browser(session: nox.Session) -> None:
 
 
 @nox.session
+def launchers(session: nox.Session) -> None:
+    """Holds scripts/*.yaml against the schemas of what reads them."""
+    session.install("--group", "launchers")
+    # SkyPilot keeps notes in the home directory, and its programs are of no use here.
+    session.env["HOME"] = session.create_tmp()
+    session.env["SKYPILOT_DISABLE_USAGE_COLLECTION"] = "1"
+    # Without torch, which the other tests of this folder need.
+    pytest(session, "--noconftest", "-m", "launchers", "tests/test_launcher_schemas.py")
+
+
+@nox.session
 def slow(session: nox.Session) -> None:
     """Runs the long sweeps of all members and of `tests`."""
     session.install(*build_wheels(session, *PACKAGES, *APPS))
@@ -151,3 +190,25 @@ def gpu_tests(session: nox.Session, member: str) -> None:
     install_member(session, member)
     session.run("python", "-c", "import torch; assert torch.cuda.is_available(), 'this machine has no GPU'")
     pytest(session, "-m", "gpu", str(FOLDERS[member] / "tests"))
+
+
+@nox.session(reuse_venv=False)
+def release(session: nox.Session) -> None:
+    """Builds and tests what a member's release would be; `-- titan-core`, or `-- titan-core --bump minor` before."""
+    name, *flags = session.posargs or [""]
+    if name not in FOLDERS:
+        session.error(f"Say what to release: nox -s release -- NAME, which is one of {', '.join(FOLDERS)}.")
+    session.run("python", "scripts/release.py", str(FOLDERS[name]), *flags)
+    if "--bump" in flags:
+        return
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("uv", "build", "--quiet", "--out-dir", str(dist), str(FOLDERS[name]), external=True)
+    files = sorted(str(path) for path in dist.iterdir() if path.suffix in (".gz", ".whl"))
+    session.run("uv", "tool", "run", "twine", "check", "--strict", *files, external=True)
+    wheel = next(Path(path) for path in files if path.endswith(".whl"))
+    session.install(str(wheel), *build_wheels(session, *NEEDS.get(name, ())))
+    session.install("--group", f"{FOLDERS[name] / 'pyproject.toml'}:test")
+    session.run("pytest", "--quiet", *SIDE_BY_SIDE, "-m", DEFAULT, str(FOLDERS[name] / "tests"), env=TEST_ENV)
+    tag = f"{name}-v{wheel.name.split('-')[1]}"
+    session.log(f"Ready. To publish: git tag --annotate {tag} --message {tag} && git push origin {tag}")
