@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 
 from titan_core.explain import Axis, Explanation, Parameters, RoleTreatment, Stage, View
-from titan_core.explain_text import human, render, terminal_width, wrap
+from titan_core.explain_text import render
+from titan_core.text import human, terminal_width, wrap
 from titan_core.timeline import play
 from titan_core.traffic import Flow
 

@@ -3,9 +3,9 @@
 import pytest
 
 from titan_core.config import ParallelConfig
-from titan_core.pipeline import PipelineError
 from titan_core.schedule_file import read_schedule
 from titan_core.schedule_order import compute_order
+from titan_core.stages import PipelineError
 
 
 @pytest.fixture

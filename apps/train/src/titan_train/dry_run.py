@@ -9,16 +9,16 @@ import torch
 from titan_core.compiling import check_backend
 from titan_core.degrees import resolve_degrees
 from titan_core.explain import Stage, describe_stages
-from titan_core.explain_text import human, terminal_width, wrap
 from titan_core.memory_use import MemoryUse
 from titan_core.roles import resolve_roles
 from titan_core.schedule_order import compute_order
+from titan_core.text import human, terminal_width, wrap
 from titan_core.timeline import most_in_flight
 from titan_core.traffic import Flow
 from titan_models.facts import flops_per_token
+from titan_train.build import full_share
 from titan_train.config import TrainConfig
 from titan_train.rehearsal import rehearse_all
-from titan_train.rows import share_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _candidates(config: TrainConfig, world_size: int) -> list[int]:
     roles = resolve_roles(model, config.model.roles())
     costs = flops_per_token(config.model, config.training.seq_len)
     stages = describe_stages(model, roles, config.parallel, costs)
-    micro_batches = share_rows(config.training, config.parallel, degrees).micro_batches
+    micro_batches = full_share(config, degrees).micro_batches
     order = compute_order(config.parallel, micro_batches)
     in_flight = [most_in_flight(order[rank], {s.number: s.cost_share for s in stages}) for rank in range(degrees.pp)]
     parameters = [_parameters(stages, rank) for rank in range(degrees.pp)]

@@ -14,16 +14,16 @@ from titan_core.explain import (
     describe_stages,
     merge_parameters,
 )
-from titan_core.explain_text import render, terminal_width, wrap
+from titan_core.explain_text import render
 from titan_core.roles import resolve_roles
 from titan_core.schedule_order import compute_order
+from titan_core.text import terminal_width, wrap
 from titan_core.timeline import play
 from titan_models.facts import flops_per_token
-from titan_train.build import lay_out
+from titan_train.build import full_share, lay_out
 from titan_train.config import TrainConfig
 from titan_train.forked import in_processes
 from titan_train.rehearsal import fake_environment, rehearsable, rehearse_traffic
-from titan_train.rows import share_rows
 
 
 def explanation_text(config: TrainConfig, world_size: int) -> str:
@@ -51,7 +51,7 @@ def explain(config: TrainConfig, world_size: int) -> Explanation:
     seen = dict(zip(firsts, looks, strict=True))
     timeline = None
     if degrees.pp > 1:
-        micro_batches = share_rows(config.training, config.parallel, degrees).micro_batches
+        micro_batches = full_share(config, degrees).micro_batches
         timeline = play(compute_order(config.parallel, micro_batches))
     return Explanation(
         world_size=world_size,

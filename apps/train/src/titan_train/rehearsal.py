@@ -27,12 +27,12 @@ from titan_core.mesh import build_meshes
 from titan_core.optim import OptimizerState, build_optimizer
 from titan_core.stages import stage_count
 from titan_core.traffic import Flow, TrafficRecorder
-from titan_models.head import GPU_CHUNK_TOKENS
-from titan_train.build import input_names, lay_out
+from titan_models.facts import GPU_CHUNK_TOKENS
+from titan_train.build import full_share, input_names, lay_out
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
 from titan_train.forked import in_processes
-from titan_train.rows import Rows, share_rows
+from titan_train.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def measured_step(
         laid_out.give_memory(env.device)
         optimizer = build_optimizer(layout.model, roles, config.optimizer)
         state = OptimizerState(optimizer, layout.model).state_dict()
-        rows = _rows(share_rows(config.training, config.parallel, env.degrees), micro_batches)
+        rows = _rows(full_share(config, env.degrees), micro_batches)
         batch = _batch(config, rows)
 
         memory, traffic, offload = MemoryRecorder(), TrafficRecorder(env.meshes), config.parallel.cpu_offload
@@ -125,7 +125,7 @@ def rehearsable(config: TrainConfig) -> TrainConfig:
 
 def rehearse_all(config: TrainConfig, world_size: int, ranks: Sequence[int]) -> list[Rehearsal]:
     """The step of each of `ranks`, found from as few micro-batches as show it; processes share the work."""
-    share = share_rows(config.training, config.parallel, resolve_degrees(config.parallel, world_size))
+    share = full_share(config, resolve_degrees(config.parallel, world_size))
     counts, wanted = _telling_counts(config, share), share.micro_batches
     tasks = [(config, world_size, rank, count) for rank in ranks for count in counts]
     found = in_processes(rehearse, tasks, "rehearsing a step")

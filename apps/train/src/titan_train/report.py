@@ -1,10 +1,11 @@
 """What a run tells the person who started it: an overview before, an ending and what to try next after."""
 
 from titan_core.degrees import Degrees
-from titan_core.explain_text import human
+from titan_core.text import human
 from titan_models.facts import parameter_count
 from titan_train.config import TrainConfig
 from titan_train.rows import Rows
+from titan_train.run_directory import checkpoint_directory, own_folder
 
 
 def overview(
@@ -19,7 +20,7 @@ def overview(
 ) -> str:
     """The run in a few lines: model, data, batch and layout, and where it writes."""
     batch, seq_len = config.training.global_batch_size, config.training.seq_len
-    rows, micro_batches = share.rows * degrees.dp, share.micro_batches
+    rows, micro_batches = share.rows * degrees.dp * config.replica.groups, share.micro_batches
     padding = rows - batch
     lines = [
         f"model {parameter_count(config.model):,} parameters, {config.model.layers} layers of width {config.model.dim}",
@@ -46,15 +47,13 @@ def overview(
 
 def ending(config: TrainConfig, step: int, steps: int, seconds: float) -> str:
     """What was done, where it is, and what to try next."""
-    where, same = config.output, f"--config {config.output}/config.json"
+    where, same = own_folder(config), f"--config {own_folder(config)}/config.json"
     done = f"{steps} steps in {seconds:,.1f} s"
     saved = config.checkpoint.enabled
     if step < config.training.steps:
         onward = f"Start it again with {same} and it goes on from there." if saved else "Nothing was saved."
         return f"Interrupted after step {step} of {config.training.steps} ({done}). {onward}"
-    weights = (
-        f"weights in {config.checkpoint.directory or f'{where}/checkpoints'}" if saved else "no weights were saved"
-    )
+    weights = f"weights in {checkpoint_directory(config)}" if saved else "no weights were saved"
     return (
         f"Finished step {step} ({done}). Metrics are in {where}/metrics.jsonl, {weights}.\n"
         f"Try next: {same} --training.steps {2 * step} trains this model for longer, --data.source FOLDER "

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from titan_core.config import CompileConfig, ParallelConfig, RematConfig
 from titan_core.degrees import Degrees
 from titan_core.mesh import Meshes
-from titan_core.pipeline import stage_names, stage_ranks
 from titan_core.roles import ROLES, role_of_parameter
 from titan_core.shards import is_dtensor, local
+from titan_core.stages import stage_names, stage_ranks
 from titan_core.timeline import Timeline
 from titan_core.traffic import Flow
 

@@ -1,12 +1,10 @@
 """An explanation of a layout as text for a terminal."""
 
-import math
-import shutil
-import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from titan_core.explain import Axis, Explanation, Parameters, Stage
+from titan_core.text import human, wrap
 from titan_core.timeline import Timeline, draw
 from titan_core.traffic import Flow
 
@@ -23,19 +21,6 @@ def render(explanation: Explanation, width: int = 120) -> str:
     return "\n\n".join(
         "\n".join([title, *(wrap(f"  {line}", width) for line in lines)]) for title, lines in sections if lines
     )
-
-
-def terminal_width() -> int:
-    """Characters in a line: those of the terminal, at most 200; 120 without one, unless COLUMNS says otherwise."""
-    return min(shutil.get_terminal_size((120, 24)).columns, 200)
-
-
-def wrap(line: str, width: int) -> str:
-    """`line` in lines of `width` characters, the further ones indented by four more; a longer word stays whole."""
-    if len(line) <= width:
-        return line
-    indent = " " * (len(line) - len(line.lstrip()) + 4)
-    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _mesh(explanation: Explanation) -> list[str]:
@@ -144,11 +129,3 @@ def _sum(flows: Iterable[Flow]) -> tuple[str, ...]:
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     left = [row[i].ljust(widths[i]) for i in range(3)]
     return left + [row[i].rjust(widths[i]) for i in range(3, 6)]
-
-
-def human(size: float) -> str:
-    """A number of bytes for a person: 1,536 -> `1.50 KiB`."""
-    if size < 1024:
-        return f"{size:.0f} B"
-    power = min(int(math.log2(size) // 10), 5)
-    return f"{size / 1024**power:.2f} {'KMGTP'[power - 1]}iB"

@@ -1,6 +1,6 @@
 """What a model can do once it is laid out on its ranks, however it is laid out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -10,6 +10,11 @@ from titan_core.routers import Routers
 Batch = Mapping[str, Tensor]
 """`tokens` [B, S] int64, and under the names of the model's further arguments: `positions`, `document_ids` and `labels`
 [B, S] int64, `row_weights` [B]. All of this rank's rows of a step, on its device."""
+
+
+OnAction = Callable[[str, int, int, float, float], None]
+"""Is told what a pipeline's stage did: F (forward), B (backward), I (backward to its input) or W (to its weights); the
+stage; the micro-batch; and when it began and ended on the host, in seconds of `time.perf_counter`."""
 
 
 class Layout(Protocol):
@@ -28,3 +33,6 @@ class Layout(Protocol):
 
     def gradient_bytes(self) -> int:
         """Bytes of whole gradients kept on this rank while micro-batches accumulate."""
+
+    def watch(self, on_action: OnAction) -> None:
+        """From now on calls `on_action` after each action of this rank's stages; does nothing without a pipeline."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from titan_core.layout import Batch
+from titan_core.layout import Batch, OnAction
 from titan_core.routers import Routers
 
 
@@ -52,6 +52,10 @@ class MicroBatchLoop(ABC):
                     loss += self.model(tokens, **others)
         self.end_evaluation()
         return loss
+
+    def watch(self, on_action: OnAction) -> None:
+        """There is no pipeline, so there is nothing to tell."""
+        return
 
     @abstractmethod
     def end_evaluation(self) -> None:

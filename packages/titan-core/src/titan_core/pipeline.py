@@ -5,8 +5,10 @@ schedules are those of torch.distributed.pipelining. Gradients are reduced over 
 micro-batch.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +22,12 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from titan_core.compat import pipeline_schedule_from_actions
 from titan_core.config import ParallelConfig
 from titan_core.fsdp import whole_gradient_bytes
-from titan_core.layout import Batch
+from titan_core.layout import Batch, OnAction
 from titan_core.micro_batches import evaluating, split_rows
 from titan_core.pipeline_forward import forward
 from titan_core.routers import Routers
 from titan_core.schedule_file import read_schedule
-from titan_core.stages import SCHEDULES, balanced_stages, rank_of_stage, stage_count
-
-
-class PipelineError(ValueError):
-    """The model cannot be cut as asked; the message says where, and what would work."""
+from titan_core.stages import PipelineError, stage_count, stage_names, stage_ranks
 
 
 @dataclass(frozen=True)
@@ -60,59 +58,6 @@ def cut_into_stages(
     own = [stage for stage, holder in enumerate(ranks) if holder == rank]
     parts = {stage: part_of(model, names[stage]) for stage in own}
     return Stages(part_of(model, [fqn for stage in own for fqn in names[stage]]), parts, len(names))
-
-
-def stage_names(roles: Mapping[str, str], config: ParallelConfig, costs: Mapping[str, float]) -> list[list[str]]:
-    """The outermost modules of each stage, in the model's order; `costs` as for `cut_into_stages`.
-
-    Raises:
-        PipelineError: if `pp_split` names no blocks of the model in their order.
-    """
-    pieces = _pieces(roles)
-    blocks = [fqn for fqn in pieces if roles[fqn] == "block"]
-    starts = _given_starts(blocks, config.pp_split)
-    starts = starts or balanced_stages(_block_costs(pieces, blocks, costs), stage_count(config))
-    ends = [*starts[1:], len(blocks)]
-    first, last = pieces.index(blocks[0]), pieces.index(blocks[-1])
-    names: list[list[str]] = [blocks[start:end] for start, end in zip(starts, ends, strict=True)]
-    names[0], names[-1] = pieces[:first] + names[0], names[-1] + pieces[last + 1 :]
-    return names
-
-
-def _pieces(roles: Mapping[str, str]) -> list[str]:
-    """The outermost modules that have a role, in the model's order."""
-    pieces: list[str] = []
-    for fqn in roles:
-        if not pieces or not fqn.startswith(f"{pieces[-1]}."):
-            pieces.append(fqn)
-    return pieces
-
-
-def _block_costs(pieces: Sequence[str], blocks: Sequence[str], costs: Mapping[str, float]) -> list[float]:
-    """The cost of each block; what comes before the first and after the last counts with these."""
-
-    def cost(piece: str) -> float:
-        return sum(value for fqn, value in costs.items() if fqn == piece or fqn.startswith(f"{piece}."))
-
-    found = [cost(block) for block in blocks]
-    found[0] += sum(cost(piece) for piece in pieces[: pieces.index(blocks[0])])
-    found[-1] += sum(cost(piece) for piece in pieces[pieces.index(blocks[-1]) + 1 :])
-    return found
-
-
-def _given_starts(blocks: Sequence[str], split: Sequence[str]) -> list[int]:
-    for name in split:
-        if name not in blocks:
-            raise PipelineError(
-                f"parallel.pp_split names {name!r}, which is no block of this model; its blocks are {blocks[0]} to "
-                f"{blocks[-1]}."
-            )
-    starts = [0, *(blocks.index(name) for name in split)]
-    if starts != sorted(set(starts)):
-        raise PipelineError(
-            f"parallel.pp_split {list(split)} must name different blocks in the order of the model, and not the first."
-        )
-    return starts if split else []
 
 
 def _refuse_sharing(model: nn.Module, names: Sequence[Sequence[str]]) -> None:
@@ -147,14 +92,31 @@ def part_of(model: nn.Module, keep: Iterable[str], prefix: str = "") -> nn.Modul
     return part
 
 
-def stage_ranks(config: ParallelConfig) -> list[int]:
-    """The pipeline rank of each stage."""
-    count = stage_count(config)
-    if config.pp_schedule_csv:
-        ranks = read_schedule(config.pp_schedule_csv).ranks()
-        return [ranks[stage] for stage in range(count)]
-    shape = SCHEDULES[config.pp_schedule].shape
-    return [rank_of_stage(stage, config.pp, shape) for stage in range(count)]
+class _Stage(PipelineStage):
+    """Tells of each of its actions when it began and ended."""
+
+    on_action: OnAction | None = None
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with self._told("F", fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> Any:
+        with self._told("B" if full_backward else "I", bwd_chunk_id):
+            return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> Any:
+        with self._told("W", bwd_chunk_id):
+            return super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+
+    @contextlib.contextmanager
+    def _told(self, name: str, micro_batch: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.on_action is not None:
+            self.on_action(name, self.stage_index, micro_batch, start, time.perf_counter())
 
 
 class Pipeline:
@@ -181,6 +143,7 @@ class Pipeline:
         self._stages, self._config, self._group, self._size = stages, config, group, size
         self._width, self._sequence_cut, self._dtype, self._itemsize = width, sequence_cut, dtype, itemsize
         self._schedule: Any = None
+        self._on_action: OnAction | None = None
         self._divisor = 1.0
 
     def accumulate(self, batch: Batch, *, divisor: float) -> Tensor:
@@ -214,6 +177,10 @@ class Pipeline:
         """Bytes that gradients take on this rank while micro-batches accumulate, beyond the sharded ones."""
         return whole_gradient_bytes(self.model, self._itemsize)
 
+    def watch(self, on_action: OnAction) -> None:
+        """See `Layout.watch`; to be called before the first step."""
+        self._on_action = on_action
+
     def _hidden(self, length: int, device: torch.device) -> Tensor:
         """As large as what a stage hands on for a micro-batch of rows of `length` tokens."""
         return torch.empty(self._size, length // self._sequence_cut, self._width, dtype=self._dtype, device=device)
@@ -230,7 +197,7 @@ class Pipeline:
         loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta", requires_grad=True)
         count = self._stages.count
         stages = [
-            PipelineStage(
+            _Stage(
                 part,
                 index,
                 count,
@@ -241,6 +208,8 @@ class Pipeline:
             )
             for index, part in self._stages.parts.items()
         ]
+        for stage in stages:
+            stage.on_action = self._on_action
         return build_schedule(
             self._config,
             stages,
@@ -257,7 +226,7 @@ def _sum(losses: Sequence[Tensor], device: torch.device) -> Tensor:
     return total
 
 
-def build_schedule(config: ParallelConfig, stages: list[PipelineStage], **options: Any) -> Any:
+def build_schedule(config: ParallelConfig, stages: Sequence[PipelineStage], **options: Any) -> Any:
     """The schedule that `config` names or that stands in its file, for this rank's `stages`.
 
     `options` are those of the schedules of torch.distributed.pipelining, `n_microbatches` among them.
@@ -270,6 +239,6 @@ def build_schedule(config: ParallelConfig, stages: list[PipelineStage], **option
         count, micro_batches = stage_count(config), options["n_microbatches"]
         if problems := file.problems(pp=config.pp, stages=count, micro_batches=micro_batches):
             raise PipelineError(" ".join(problems))
-        return pipeline_schedule_from_actions(file.rows, stages, **options)
+        return pipeline_schedule_from_actions(file.rows, list(stages), **options)
     single = config.pp_schedule in ("GPipe", "1F1B")
-    return get_schedule_class(config.pp_schedule)(stages[0] if single else stages, **options)
+    return get_schedule_class(config.pp_schedule)(stages[0] if single else list(stages), **options)

@@ -8,7 +8,8 @@ from torch.distributed.pipelining import PipelineStage
 from titan_core.compat import schedule_actions
 from titan_core.config import ParallelConfig
 from titan_core.fake_world import fake_world
-from titan_core.pipeline import build_schedule, stage_ranks
+from titan_core.pipeline import build_schedule
+from titan_core.stages import stage_ranks
 from titan_core.timeline import Computation
 
 

@@ -40,6 +40,7 @@ class OwnTokens:
         self.model = layout.model
         self.routers = layout.routers
         self.gradient_bytes = layout.gradient_bytes
+        self.watch = layout.watch
         self._layout = layout
         self._take = partial(shard_sequence, rank=group.rank(), size=group.size(), load_balance=config.cp_load_balance)
 

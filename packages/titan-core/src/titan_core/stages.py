@@ -3,11 +3,17 @@
 Imports no torch: a login node can check a pipeline.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from titan_core.config import ParallelConfig
+from titan_core.schedule_file import read_schedule
+
+
+class PipelineError(ValueError):
+    """The model cannot be cut as asked; the message says where, and what would work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +117,11 @@ def balanced_stages(costs: Sequence[float], stages: int) -> list[int]:
 
     Among those with the least greatest cost, the one with the least sum of squares; every run has a block.
     """
+    return list(_balanced(tuple(costs), stages))
+
+
+@functools.cache
+def _balanced(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
     blocks = len(costs)
     total = [0.0]
     for cost in costs:
@@ -131,4 +142,67 @@ def balanced_stages(costs: Sequence[float], stages: int) -> list[int]:
     result = best[blocks]
     if result is None:
         raise ValueError(f"{blocks} blocks cannot be cut into {stages} stages.")
-    return list(result[2])
+    return result[2]
+
+
+def stage_ranks(config: ParallelConfig) -> list[int]:
+    """The pipeline rank of each stage."""
+    count = stage_count(config)
+    if config.pp_schedule_csv:
+        ranks = read_schedule(config.pp_schedule_csv).ranks()
+        return [ranks[stage] for stage in range(count)]
+    shape = SCHEDULES[config.pp_schedule].shape
+    return [rank_of_stage(stage, config.pp, shape) for stage in range(count)]
+
+
+def stage_names(roles: Mapping[str, str], config: ParallelConfig, costs: Mapping[str, float]) -> list[list[str]]:
+    """The outermost modules of each stage, in the model's order; `costs` as for `cut_into_stages`.
+
+    Raises:
+        PipelineError: if `pp_split` names no blocks of the model in their order.
+    """
+    pieces = _pieces(roles)
+    blocks = [fqn for fqn in pieces if roles[fqn] == "block"]
+    starts = _given_starts(blocks, config.pp_split)
+    starts = starts or balanced_stages(_block_costs(pieces, blocks, costs), stage_count(config))
+    ends = [*starts[1:], len(blocks)]
+    first, last = pieces.index(blocks[0]), pieces.index(blocks[-1])
+    names: list[list[str]] = [blocks[start:end] for start, end in zip(starts, ends, strict=True)]
+    names[0], names[-1] = pieces[:first] + names[0], names[-1] + pieces[last + 1 :]
+    return names
+
+
+def _pieces(roles: Mapping[str, str]) -> list[str]:
+    """The outermost modules that have a role, in the model's order."""
+    pieces: list[str] = []
+    for fqn in roles:
+        if not pieces or not fqn.startswith(f"{pieces[-1]}."):
+            pieces.append(fqn)
+    return pieces
+
+
+def _block_costs(pieces: Sequence[str], blocks: Sequence[str], costs: Mapping[str, float]) -> list[float]:
+    """The cost of each block; what comes before the first and after the last counts with these."""
+
+    def cost(piece: str) -> float:
+        return sum(value for fqn, value in costs.items() if fqn == piece or fqn.startswith(f"{piece}."))
+
+    found = [cost(block) for block in blocks]
+    found[0] += sum(cost(piece) for piece in pieces[: pieces.index(blocks[0])])
+    found[-1] += sum(cost(piece) for piece in pieces[pieces.index(blocks[-1]) + 1 :])
+    return found
+
+
+def _given_starts(blocks: Sequence[str], split: Sequence[str]) -> list[int]:
+    for name in split:
+        if name not in blocks:
+            raise PipelineError(
+                f"parallel.pp_split names {name!r}, which is no block of this model; its blocks are {blocks[0]} to "
+                f"{blocks[-1]}."
+            )
+    starts = [0, *(blocks.index(name) for name in split)]
+    if starts != sorted(set(starts)):
+        raise PipelineError(
+            f"parallel.pp_split {list(split)} must name different blocks in the order of the model, and not the first."
+        )
+    return starts if split else []
