@@ -37,7 +37,8 @@ LAYOUTS = {
 
 
 # Their like is tested for fewer steps in test_parity.py, or with other numbers here.
-LONG = ("fsdp 2 x tp 2 x pp 2", "hsdp 2x2, accumulation 3", "dp_shard 3, padded", "dp_shard 4")
+LONG = ("fsdp 2 x tp 2 x pp 2", "hsdp 2x2, accumulation 3", "dp_shard 5, padded", "dp_shard 4", "accumulation 2")
+LONG += ("dp_shard 2, accumulation 2, last", "hsdp 2x2")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,16 @@ def test_the_curves_mean_something(tiny, expected):
 
 
 @pytest.mark.parametrize(
-    "name", ["dp_shard 2", "hsdp 2x2", "dp_replicate 2", "accumulation 4", "tp 2", "cp 2", "fsdp 2 x tp 2 x pp 2"]
+    "name",
+    [
+        "dp_shard 2",
+        "hsdp 2x2",
+        "tp 2",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("dp_replicate 2", "accumulation 4", "cp 2", "fsdp 2 x tp 2 x pp 2")
+        ),
+    ],
 )
 def test_bfloat16_mixed_precision_agrees_across_layouts(tiny, expected, tmp_path, name):
     world_size, changes = LAYOUTS[name]

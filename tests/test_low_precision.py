@@ -104,14 +104,14 @@ def test_where_other_tokens_share_a_scale_losses_stay_close(alone: Any, recipe: 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(
-    "changes",
+    ("recipe", "changes"),
     [
-        {"remat.mode": "full"},
-        {"remat.mode": "selective"},
-        {"compile.enabled": True, "compile.backend": "aot_eager"},
+        ("float8_tensorwise", {"remat.mode": "full"}),
+        ("float8_tensorwise", {"compile.enabled": True, "compile.backend": "aot_eager"}),
+        ("mxfp8", {"remat.mode": "selective"}),
+        pytest.param("mxfp8", {"compile.enabled": True, "compile.backend": "aot_eager"}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("recipe", ["float8_tensorwise", "mxfp8"])
 def test_recomputing_and_compiling_change_nothing(
     alone: Any, recipe: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -94,26 +94,32 @@ MODELS = {"dense": (DENSE, SINGLE | DENSE_TOGETHER), "mixture": (MIXTURE, MIXTUR
 FULL, SELECTIVE = RematConfig(mode="full"), RematConfig(mode="selective")
 EVERY_SECOND = RematConfig(mode="full", every=2)
 TRACED = CompileConfig(enabled=True, backend="aot_eager")
+BUDGET = RematConfig(mode="budget", budget=0.3)
 BLOCKS = [
     ("dense", "fsdp 2", {"remat": EVERY_SECOND}),
     ("dense", "fsdp 2", {"remat": SELECTIVE}),
     ("dense", "fsdp 2 x tp 2", {"remat": FULL}),
-    ("dense", "fsdp 2 x cp 2, ring", {"remat": SELECTIVE}),
     ("dense", "fsdp 2 x cp 2, allgather", {"remat": SELECTIVE}),
-    ("dense", "tp 2, whole sequences", {"remat": SELECTIVE}),
     ("dense", "pp 2, ZBVZeroBubble", {"remat": FULL}),
     ("dense", "pp 2 x tp 2", {"remat": SELECTIVE}),
     ("mixture", "ep 2 x tp 2", {"remat": FULL}),
     ("mixture", "ep 2 x fsdp 2", {"remat": SELECTIVE}),
     ("dense", "fsdp 2", {"compiling": TRACED}),
-    ("dense", "fsdp 2", {"compiling": TRACED, "remat": FULL}),
-    ("dense", "fsdp 2", {"compiling": TRACED, "remat": RematConfig(mode="budget", budget=0.3)}),
-    ("dense", "tp 2", {"compiling": TRACED, "remat": RematConfig(mode="budget", budget=0.3)}),
-    ("dense", "fsdp 2 x tp 2", {"compiling": TRACED}),
+    ("dense", "fsdp 2", {"compiling": TRACED, "remat": BUDGET}),
     ("dense", "fsdp 2 x tp 2", {"compiling": TRACED, "remat": SELECTIVE}),
-    ("dense", "cp 2, ring", {"compiling": TRACED}),
     ("dense", "pp 2, 1F1B", {"compiling": TRACED}),
     ("mixture", "ep 2", {"compiling": TRACED}),
+]
+BLOCKS += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (
+        ("dense", "fsdp 2 x cp 2, ring", {"remat": SELECTIVE}),
+        ("dense", "tp 2, whole sequences", {"remat": SELECTIVE}),
+        ("dense", "fsdp 2", {"compiling": TRACED, "remat": FULL}),
+        ("dense", "tp 2", {"compiling": TRACED, "remat": BUDGET}),
+        ("dense", "fsdp 2 x tp 2", {"compiling": TRACED}),
+        ("dense", "cp 2, ring", {"compiling": TRACED}),
+    )
 ]
 # The compiler's own warnings, at every autograd function and every gathered parameter it meets.
 ignore_compiler_warnings = pytest.mark.filterwarnings(

@@ -56,6 +56,28 @@ def test_everything_that_is_asked_for_is_written_and_changes_nothing(tiny: Train
     assert environment["layout"]["dp_replicate"] == 2
 
 
+@pytest.mark.parametrize(
+    ("schedule", "actions"),
+    [("1F1B", {"F", "B"}), ("Interleaved1F1B", {"F", "B"}), ("ZBVZeroBubble", {"F", "I", "W"})],
+)
+def test_pipelines_write_down_their_actions(tiny, tmp_path, schedule, actions):
+    steps = {"training.steps": 2, "schedule.total_steps": 2, "training.micro_batch_size": 3, "model.layers": 4}
+    train(tiny, tmp_path, 2, **steps, **layout(pp=2, pp_schedule=schedule), **{"spans.enabled": True})
+    stages = 2 if schedule == "1F1B" else 4
+    done = set()
+    for rank in range(2):
+        _, *spans = lines(tmp_path / f"spans/rank-{rank}.jsonl")
+        (whole,) = [span for span in spans if (span["name"], span["step"]) == ("forward_backward", 2)]
+        found = [span for span in spans if span["name"] in actions and span["step"] == 2]
+        for span in found:
+            assert whole["at"] <= span["at"]
+            assert span["at"] + span["seconds"] <= whole["at"] + whole["seconds"] + 1e-5  # both are rounded
+            done.add((span["name"], span["stage"], span["micro_batch"]))
+    assert {(stage, i) for name, stage, i in done if name == "F"} == {(s, i) for s in range(stages) for i in range(4)}
+    assert {(stage, i) for name, stage, i in done if name in "BI"} == {(s, i) for s in range(stages) for i in range(4)}
+    assert {name for name, *_ in done} == actions
+
+
 def test_the_ledger_goes_on_across_restarts(tiny: TrainConfig, tmp_path: Path) -> None:
     train(tiny, tmp_path / "run", **{"training.steps": 3, "checkpoint.every": 2})
     train(tiny, tmp_path / "run", **{"training.steps": 5})

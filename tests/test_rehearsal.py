@@ -60,6 +60,11 @@ def real(config, world_size):
     return [run()] if world_size == 1 else run_ranks(world_size, run)
 
 
+def sometimes(names, *long):
+    """Parameters, of which the `long` ones belong to the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in long else ()) for name in names]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_fake_ranks_send_and_hold_what_real_ones_do(name):
     check(*LAYOUTS[name])
@@ -126,7 +131,7 @@ MANY = {
 }
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", sometimes(MANY, "accumulation", "pp 2, GPipe"))
 def test_many_micro_batches_follow_from_a_few(name):
     world_size, changes = MANY[name]
     config = change(SMALL, **{"training.global_batch_size": 14, **changes})
@@ -153,10 +158,10 @@ DEEP = {
 }
 
 
-LONG = ("muon", "pp 2", "ddp 2, gradients reduced last")
+LONG = ("muon", "pp 2", "ddp 2, gradients reduced last", "cp 2", "pp 2 x fsdp 2, always resharded")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in DEEP])
+@pytest.mark.parametrize("name", sometimes(DEEP, *LONG))
 def test_the_traffic_of_many_blocks_follows_from_a_few(name):
     world_size, changes = DEEP[name]
     config = change(MIXTURE if name.startswith("ep") else SMALL, **{"model.layers": 10, **changes})
@@ -174,7 +179,7 @@ REMAT = {
 }
 
 
-@pytest.mark.parametrize("name", REMAT)
+@pytest.mark.parametrize("name", sometimes(REMAT, "tp, whole sequences", "cp, ulysses"))
 def test_selective_recomputation_sends_nothing_twice_but_around_the_ring(name):
     world_size, changes = REMAT[name]
     config = change(SMALL, **{"model.layers": 4, "training.seq_len": 32, **changes})

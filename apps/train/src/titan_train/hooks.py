@@ -22,6 +22,7 @@ from titan_train.config import TrainConfig
 from titan_train.environment import Environment
 from titan_train.recorder import Recorder
 from titan_train.rewrites import Rewrites
+from titan_train.run_directory import own_folder
 from titan_train.votes import Votes
 
 
@@ -61,6 +62,8 @@ class Step:
     """The rows of the data this rank read: int64 [rows], -1 for padding."""
     expert_loads: Mapping[str, Tensor]
     """FQN of each router on this rank -> tokens that it sent to each expert, over the global batch: [E]."""
+    replicas: Mapping[str, float]
+    """What is to be logged of replica groups, if there are several."""
 
 
 class Hook:
@@ -71,6 +74,12 @@ class Hook:
 
     def end_save(self, blocking_seconds: float) -> None:
         """After a checkpoint was saved, or copied to be saved, which training waited for."""
+
+    def end_export(self, step: int, folder: Path) -> None:
+        """After the weights of `step` were exported to a folder."""
+
+    def end_run(self) -> None:
+        """When the last step is done and all is saved; not if the run is interrupted."""
 
     def checkpoint_meta(self) -> dict[str, Any]:
         """JSON values to be found again in a checkpoint; rank 0's count."""
@@ -104,6 +113,7 @@ class LogMetrics(Hook):
         self._first: int | None = None
         self._saving_seconds = 0.0
         self._added: dict[str, float] = {}
+        self._attached: dict[str, float] = {}
 
     def end_step(self, step: Step) -> None:
         """Collects what is to be logged of the step, if it is."""
@@ -121,10 +131,11 @@ class LogMetrics(Hook):
             "epoch": step.epoch,
             **{f"epoch.{name}": epoch for name, epoch in step.epochs.items()},
             "checkpoint_seconds": self._saving_seconds,
+            **step.replicas,
         }
         self._saving_seconds = 0.0
-        values |= self._expert_loads(step) | self._added
-        self._added = {}
+        values |= self._expert_loads(step) | self._added | self._attached
+        self._added, self._attached = {}, {}
         numbers = self._loss(step)
         phases = self._record.spans.read()
         values |= self._meter.read() | phases | memory(self._env.device.type)
@@ -148,6 +159,10 @@ class LogMetrics(Hook):
     def add(self, values: Mapping[str, float]) -> None:
         """Numbers to log with the step that ends, which is then logged whatever its number; the same on all ranks."""
         self._added |= values
+
+    def attach(self, values: Mapping[str, float]) -> None:
+        """Numbers that rank 0 logs with the next line there is."""
+        self._attached |= values
 
     def end_save(self, blocking_seconds: float) -> None:
         """Adds to what the next logged step reports."""
@@ -199,28 +214,33 @@ class LogSamples(Hook):
 
 
 def build_log(
-    config: TrainConfig, env: Environment, checkpoint: Checkpoint | None, rewrites: Rewrites, record: Recorder
+    config: TrainConfig,
+    env: Environment,
+    checkpoint: Checkpoint | None,
+    step: int,
+    rewrites: Rewrites,
+    record: Recorder,
 ) -> LogMetrics:
-    """The log of a run, which goes on after `checkpoint` if there is one."""
-    directory = Path(config.output or "")
+    """The log of a run, which goes on after `step`, from `checkpoint` or what another replica group knew."""
+    directory = own_folder(config)
     given = config.metrics.peak_tflops
     meter = Meter(
         flops_per_token=training_flops_per_token(config.model, config.training.seq_len),
         peak_flops=given * 1e12 if given else _peak_flops(config, env.device_name(), rewrites),
-        devices=env.degrees.world_size,
+        devices=env.degrees.world_size * config.replica.groups,
     )
     sinks = env.main_only(
         lambda: build_sinks(
             config.metrics,
             directory,
             config.training.steps,
-            resume_step=checkpoint.step if checkpoint else None,
+            resume_step=step or (0 if checkpoint else None),
             tracker_ids=cast(dict[str, str], checkpoint.meta["tracker_ids"]) if checkpoint else None,
             run_config=dataclasses.asdict(config),
         )
     )
     has_experts = config.model.moe is not None
-    loads = env.main_only(lambda: _open_expert_loads(directory, checkpoint)) if has_experts else None
+    loads = env.main_only(lambda: _open_expert_loads(directory, step)) if has_experts else None
     return LogMetrics(config, env, meter, sinks, loads, record)
 
 
@@ -231,8 +251,8 @@ def _peak_flops(config: TrainConfig, device: str, rewrites: Rewrites) -> float |
     return mixed_peak(device, {compute_dtype if kind == "high" else kind: share for kind, share in shares.items()})
 
 
-def _open_expert_loads(directory: Path, checkpoint: Checkpoint | None) -> Sinks:
+def _open_expert_loads(directory: Path, step: int) -> Sinks:
     """A record of its own, since thousands of experts would drown the other metrics."""
     path = directory / "expert_loads.jsonl"
-    resume_jsonl(path, checkpoint.step if checkpoint else -1)
+    resume_jsonl(path, step)
     return Sinks({"expert loads": JsonlSink(path)})
