@@ -69,9 +69,12 @@ def test_differences_name_the_fields():
 
 def test_parts_are_visible_in_the_configuration():
     what = part_of(llama3_debug(), "what")
-    assert set(what) == {"model", "data", "training", "optimizer", "schedule", "guard", "precision", "quant", "lora"}
+    sections = {"model", "data", "training", "optimizer", "schedule", "guard", "precision", "quant", "lora", "replica"}
+    assert set(what) == sections
+    assert set(what["replica"]) == {"averaging"}
     assert "source" not in what["data"]
     how = part_of(llama3_debug(), "how")
-    assert set(how) == {"model", "data", "training", "optimizer", "quant", "parallel", "remat", "compile", "device"}
+    sections = {"model", "data", "training", "optimizer", "quant", "parallel", "remat", "compile", "device", "replica"}
+    assert set(how) == sections
     assert isinstance(llama3_debug().data, DataSection)
     assert isinstance(llama3_debug(), TrainConfig)

@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from titan_core.clip import clip_gradients
+from titan_core.degrees import Degrees
 from titan_core.init import init_parameters, materialize
 from titan_core.layout import Layout
 from titan_core.optim import set_lr, step_unless
@@ -22,14 +23,23 @@ from titan_quant.tensor_parallel import share_scales
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
 from titan_train.rewrites import Rewrites, rewrite
-from titan_train.rows import share_rows
+from titan_train.rows import Rows, share_rows
 
 
 class LaidOut:
     """A model on its ranks, and what a step of the optimizer does with it."""
 
-    def __init__(self, layout: Layout, roles: Mapping[str, str], rewrites: Rewrites, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        roles: Mapping[str, str],
+        rewrites: Rewrites,
+        config: TrainConfig,
+        sizes: Mapping[str, int],
+    ) -> None:
         self.layout, self.roles, self.rewrites, self._config = layout, roles, rewrites, config
+        self.sizes = sizes
+        """Name of each parameter of the whole model -> its elements."""
         self._float8_gather: Float8Gather | None = None
 
     @property
@@ -73,9 +83,13 @@ class LaidOut:
         step_unless(optimizer, skip, number)
         optimizer.zero_grad()
         self.layout.routers.finish_step(skip)
+        self.follow_weights()
+        return norm, lr
+
+    def follow_weights(self) -> None:
+        """Brings what is computed from weights ahead up to date, after they have changed."""
         if self._float8_gather is not None:
             self._float8_gather.precompute_scales()
-        return norm, lr
 
 
 def lay_out(config: TrainConfig, env: Environment) -> LaidOut:
@@ -91,12 +105,13 @@ def lay_out(config: TrainConfig, env: Environment) -> LaidOut:
     roles = resolve_roles(model, config.model.roles())
     rewrites = rewrite(model, config, roles)
     check_groups(model, roles, config.optimizer.groups)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layout = parallelize(
         model,
         roles,
         env.meshes,
         config.parallel,
-        micro_batch_size=share_rows(config.training, config.parallel, env.degrees).micro_batch_size,
+        micro_batch_size=full_share(config, env.degrees).micro_batch_size,
         param_dtype=dtypes.param,
         reduce_dtype=dtypes.reduce,
         remat=config.remat,
@@ -107,7 +122,12 @@ def lay_out(config: TrainConfig, env: Environment) -> LaidOut:
     )
     if env.meshes is not None and env.degrees.tp > 1:
         share_scales(layout.model, roles, env.meshes.group("tp"))
-    return LaidOut(layout, roles, rewrites, config)
+    return LaidOut(layout, roles, rewrites, config, sizes)
+
+
+def full_share(config: TrainConfig, degrees: Degrees) -> Rows:
+    """What each rank computes of a global batch when all replica groups are there."""
+    return share_rows(config.training, config.parallel, degrees, groups=config.replica.groups)
 
 
 def model_inputs(config: TrainConfig, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

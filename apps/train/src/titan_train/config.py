@@ -4,11 +4,13 @@ The configuration has three parts. A field belongs to the part of its section un
 (`{"part": "how"}`). Only the *what* is fingerprinted: change the *how* or the *where* and it is still the same run.
 """
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
 from titan_ckpt.config import CheckpointConfig
 from titan_core.config import CompileConfig, GuardConfig, OptimizerConfig, ParallelConfig, RematConfig, ScheduleConfig
+from titan_core.replica_config import ReplicaConfig
 from titan_data.config import DataConfig
 from titan_data.loader_config import LoaderConfig
 from titan_data.mixture_config import MixtureConfig
@@ -92,6 +94,36 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Judging what is exported, while training goes on."""
+
+    command: str | None = None
+    """Command that is run beside rank 0 for each export, one after another; {export} in it stands for the folder and
+    {step} for the step. The last line it prints is JSON of numbers, such as {"accuracy": 0.25}, which are logged."""
+    timeout_seconds: float = 3600.0
+    """After which a command is ended."""
+
+    def problems(self) -> list[str]:
+        """What is out of range or cannot be run, each as one sentence; empty if nothing is."""
+        found = []
+        if not 0 < self.timeout_seconds <= 1e7:
+            found.append(f"evaluation.timeout_seconds is {self.timeout_seconds}; it must lie between 0 and 10,000,000.")
+        if self.command is None:
+            if self.timeout_seconds != EvaluationConfig.timeout_seconds:
+                found.append("evaluation.timeout_seconds has no effect without --evaluation.command.")
+            return found
+        try:
+            shlex.split(self.command)
+        except ValueError as error:
+            found.append(f"evaluation.command {self.command!r} cannot be read: {error}.")
+        if "{export}" not in self.command:
+            found.append(
+                f"evaluation.command {self.command!r} does not say what it judges; put {{export}} where the folder is."
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
 
@@ -116,6 +148,9 @@ class TrainConfig:
     lora: LoRAConfig = LoRAConfig()
     """Low-rank adapters, which are all that is trained then."""
 
+    replica: ReplicaConfig = ReplicaConfig()
+    """Groups of ranks that train together and may come and go; of it, only `averaging` changes the loss curve."""
+
     # -- How it is laid out. A change here leaves the loss curve as it is.
 
     parallel: ParallelConfig = field(default=ParallelConfig(), metadata=HOW)
@@ -135,6 +170,8 @@ class TrainConfig:
     """Saving and resuming."""
     export: ExportConfig = field(default=ExportConfig(), metadata=WHERE)
     """Weights in a format of others."""
+    evaluation: EvaluationConfig = field(default=EvaluationConfig(), metadata=WHERE)
+    """What judges them."""
     validation: ValidationConfig = field(default=ValidationConfig(), metadata=WHERE)
     """What the model is tested on while it trains."""
     metrics: MetricsConfig = field(default=MetricsConfig(), metadata=WHERE)

@@ -40,12 +40,12 @@ def configure(module: str | None, config: str | None, flags: Sequence[str], *, o
     output = _given(flags, "output") or base.output
     recorded = _recorded_config(Path(output)) if output else None
     if location is None:
-        return _with_end_of_decay(override(base, flags), recorded)
+        return _with_what_is_fixed(override(base, flags), recorded)
     carries_model = module is None and config is None
     if recorded is not None:  # once a run has begun, its own directory says what it is of
         _check_same_origin(location, recorded, Path(output or ""))
         base = _completed(base, recorded, Path(output or ""), carries_model=carries_model)
-        return _with_end_of_decay(override(base, flags), recorded)
+        return _with_what_is_fixed(override(base, flags), recorded)
     origin = find_origin(location)
     if carries_model:
         base = dataclasses.replace(base, model=origin.model)
@@ -53,7 +53,7 @@ def configure(module: str | None, config: str | None, flags: Sequence[str], *, o
         base = _with_tokenizer(base, origin.tokenizer)
     result = override(base, flags)
     check_origin(result, origin)
-    return _with_end_of_decay(result, None)
+    return _with_what_is_fixed(result, None)
 
 
 def _completed(base: TrainConfig, recorded: TrainConfig, run: Path, *, carries_model: bool) -> TrainConfig:
@@ -83,8 +83,13 @@ def _with_tokenizer(config: TrainConfig, tokenizer: str) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
 
 
-def _with_end_of_decay(config: TrainConfig, recorded: TrainConfig | None) -> TrainConfig:
-    """The end of the decay is fixed by the run's first start."""
+def _with_what_is_fixed(config: TrainConfig, recorded: TrainConfig | None) -> TrainConfig:
+    """The end of the decay, and the number of groups that are averaged, are fixed by the run's first start."""
+    replica = config.replica
+    if replica.averaging.method != "none" and replica.averaging.groups is None:
+        groups = (recorded.replica.averaging.groups if recorded else None) or replica.groups
+        averaging = dataclasses.replace(replica.averaging, groups=groups)
+        config = dataclasses.replace(config, replica=dataclasses.replace(replica, averaging=averaging))
     if config.schedule.total_steps is not None:
         return config
     total = recorded.schedule.total_steps if recorded else config.training.steps

@@ -5,7 +5,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -16,6 +15,7 @@ from titan_core.determinism import set_deterministic
 from titan_core.mesh import Meshes, build_meshes, data_rank, sum_over
 from titan_metrics.collectives import leave_nccl_dumps
 from titan_train.config import TrainConfig
+from titan_train.run_directory import own_folder
 from titan_train.validate import validate
 
 T = TypeVar("T")
@@ -158,7 +158,7 @@ def environment(config: TrainConfig) -> Iterator[Environment]:
     joined = not dist.is_initialized()
     if joined:
         if config.watchdog.enabled and config.output:  # read when the group is made
-            leave_nccl_dumps(Path(config.output) / "dumps")
+            leave_nccl_dumps(own_folder(config) / "dumps")
         # Gloo beside nccl: the small numbers that ranks agree on stay on the CPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:

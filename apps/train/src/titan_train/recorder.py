@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -26,13 +25,14 @@ from titan_metrics.waits import measure_clock_offset, timed_waits
 from titan_metrics.watchdog import Watchdog
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
+from titan_train.run_directory import own_folder
 
 
 class Recorder:
     """One process's, from the moment its run directory is known; to be entered."""
 
     def __init__(self, config: TrainConfig, env: Environment) -> None:
-        self._config, self._env, self._directory = config, env, Path(config.output or "")
+        self._config, self._env, self._directory = config, env, own_folder(config)
         self._cleanup = contextlib.ExitStack()
         self._ledger: Ledger | None = None
         self._norms: ParameterNorms | None = None

@@ -23,10 +23,13 @@ class Rows:
         return -(-self.rows // self.micro_batch_size)
 
 
-def share_rows(training: TrainingConfig, parallel: ParallelConfig, degrees: Degrees) -> Rows:
-    """Rounds up where something does not divide; the last ranks compute rows without weight then."""
+def share_rows(training: TrainingConfig, parallel: ParallelConfig, degrees: Degrees, *, groups: int = 1) -> Rows:
+    """Rounds up where something does not divide; the last ranks compute rows without weight then.
+
+    `groups`: replica groups that share a global batch.
+    """
     stages = stage_count(parallel) if degrees.pp > 1 else 1
-    rows = -(-training.global_batch_size // degrees.dp)
+    rows = -(-training.global_batch_size // (degrees.dp * groups))
     size = min(training.micro_batch_size or max(1, rows // stages), rows)
     if degrees.pp > 1:  # every micro-batch of a pipeline has the same shape
         rows = -(-rows // size) * size

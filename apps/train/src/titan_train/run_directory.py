@@ -19,6 +19,20 @@ def default_directory(name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
+def own_folder(config: TrainConfig) -> Path:
+    """Where this process and its ranks write what no others do: the run directory, or their group's part of it."""
+    run = Path(config.output or "")
+    return run / "groups" / str(config.replica.group) if config.replica.enabled else run
+
+
+def checkpoint_directory(config: TrainConfig) -> str | Path:
+    """Where checkpoints are: of the run, or with averaging of each group."""
+    given, averaging = config.checkpoint.directory, config.replica.averaging.method != "none"
+    if given is None:
+        return (own_folder(config) if averaging else Path(config.output or "")) / "checkpoints"
+    return f"{given.rstrip('/')}/groups/{config.replica.group}" if averaging else given
+
+
 class RunDirectory:
     """A run's folder, which one process at a time may claim for writing."""
 

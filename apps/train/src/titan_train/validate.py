@@ -42,9 +42,11 @@ def problems(config: TrainConfig, world_size: int) -> list[str]:
         *_recording_problems(config, world_size),
         *_data_problems(config),
         *config.validation.problems(),
+        *_replica_problems(config),
         *_role_problems(config),
         *_checkpoint_problems(config),
         *_export_problems(config),
+        *config.evaluation.problems(),
         *_attention_problems(config),
         *_expert_problems(config),
         *([] if ranges else _batch_problems(config, world_size)),
@@ -106,6 +108,8 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 def _export_problems(config: TrainConfig) -> list[str]:
     if config.export.format == "none":
+        if config.evaluation.command is not None:
+            return ["evaluation.command judges exports, and there are none; add --export.format huggingface."]
         return []
     found = []
     if not config.checkpoint.enabled:
@@ -148,6 +152,35 @@ def _checkpoint_problems(config: TrainConfig) -> list[str]:
         found.append(
             f"checkpoint.exclude names {', '.join(wrong)}; choose among {', '.join(_EXCLUDABLE)}. (To take nothing but "
             "the weights, start a new run with --checkpoint.init-from.)"
+        )
+    return found
+
+
+def _replica_problems(config: TrainConfig) -> list[str]:
+    replica = config.replica
+    found = replica.problems()
+    if not replica.enabled:
+        return found
+    if config.output is None:
+        found.append("Replica groups share a run directory; name it with --output, the same for all.")
+    if config.data.kind == "stream":
+        found.append(
+            "data.kind stream has no rows to deal anew when a replica group comes or goes; use text, mixture or sft."
+        )
+    if config.guard.policy == "rewind":
+        found.append(
+            "guard.policy rewind goes back to a checkpoint, which replica groups may not all see; use raise or skip."
+        )
+    if config.parallel.cpu_offload and config.device != "cpu":
+        found.append(
+            "parallel.cpu_offload keeps gradients in the host's memory, and replica groups on GPUs send them from "
+            "there; leave one of them out."
+        )
+    every, steps = replica.averaging.every, config.training.steps
+    if replica.averaging.method != "none" and every >= 1 and steps % every:
+        found.append(
+            f"training.steps {steps} is no multiple of replica.averaging.every {every}, so the run would end with "
+            "groups that differ; choose a multiple."
         )
     return found
 
@@ -205,6 +238,11 @@ def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
     if found := degree_problems(config.parallel, world_size):
         return found
     batch, degrees = config.training.global_batch_size, resolve_degrees(config.parallel, world_size)
+    if 0 < batch < degrees.dp * config.replica.groups and config.replica.enabled:
+        return [
+            f"training.global_batch_size {batch} is smaller than {config.replica.groups} replica groups of "
+            f"{degrees.dp} data-parallel ranks each, so some would have nothing to read; raise it, or start fewer."
+        ]
     if batch < degrees.dp:
         return [
             f"training.global_batch_size {batch} is smaller than the {degrees.dp} data-parallel ranks (dp_replicate x "
@@ -312,7 +350,9 @@ def _limit_problems(config: TrainConfig, degrees: Degrees) -> list[str]:
         layers=model.layers,
         vocab_size=model.vocab_size,
         seq_len=config.training.seq_len,
-        micro_batches=share_rows(config.training, config.parallel, degrees).micro_batches,
+        micro_batches=share_rows(
+            config.training, config.parallel, degrees, groups=max(1, config.replica.groups)
+        ).micro_batches,
         experts=model.moe.experts if model.moe else None,
         tied=model.tie_embeddings,
     )

@@ -14,12 +14,11 @@ import torch
 from titan_core.layout import Layout
 from titan_data.rows import IGNORED_LABEL
 from titan_data.validation import ValidationSet
-from titan_train.build import model_inputs
+from titan_train.build import full_share, model_inputs
 from titan_train.config import TrainConfig
 from titan_train.environment import Environment
 from titan_train.hooks import Hook, LogMetrics, Step
 from titan_train.recorder import Recorder
-from titan_train.rows import share_rows
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Validate(Hook):
     def score(self, rows: ValidationSet) -> Score:
         """Runs the model over a set."""
         env = self._env
-        share = share_rows(self._config.training, self._config.parallel, env.degrees)
+        share = full_share(self._config, env.degrees)
         loss = torch.zeros((), dtype=torch.float64, device=env.device)
         labels, text_bytes = 0, 0
         for batch in rows.batches(rows=share.rows, rank=env.data_rank, ranks=env.degrees.dp):

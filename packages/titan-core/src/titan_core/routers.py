@@ -44,6 +44,11 @@ class Routers:
         for router in self._routers.values():
             router.sum_over_sequence = partial(_sum, groups=sequence)
 
+    @property
+    def counts(self) -> list[Tensor]:
+        """What each router has counted on this rank in the step so far, to be changed in place: [E] each."""
+        return [router.load for router in self._routers.values()]
+
     @torch.no_grad()
     def finish_step(self, skip: Tensor | None = None) -> None:
         """Sums the loads of a step over all ranks, lets each router move its bias, and starts to count anew.
