@@ -2,6 +2,8 @@ import gc
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ranks import run_ranks
 from titan_core.config import ParallelConfig
@@ -106,3 +108,15 @@ def test_gradients_that_wait_for_their_reduction_are_gradients(toy, toy_roles, t
         assert use.gradients >= 0.9 * whole
         assert use.gradients <= (1.6 if grad_sync == "last" else 0.6) * parameters
         assert use.communication > 0
+
+
+def test_the_fakes_from_which_shapes_are_derived_have_no_bytes():
+    def run():
+        mesh = init_device_mesh("cpu", (2,))
+        a, b = (distribute_tensor(torch.ones(64, 15), mesh, [Shard(0)]) for _ in range(2))
+        with MemoryRecorder() as recorder:
+            total = a + b
+        return recorder.peak().total, total.to_local().nbytes
+
+    for found, own in run_ranks(2, run):
+        assert found == own

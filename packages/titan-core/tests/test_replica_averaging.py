@@ -229,7 +229,7 @@ def test_sharded_groups_average_their_shards(tmp_path, address, start):
                 torch.testing.assert_close(whole, weight, **CLOSE)
 
 
-@pytest.mark.parametrize("method", ["local SGD", "DiLoCo"])
+@pytest.mark.parametrize("method", [pytest.param("local SGD", marks=pytest.mark.slow), "DiLoCo"])
 def test_a_group_that_comes_back_takes_the_average_without_adding_to_it(tmp_path, address, start, method):
     """The one that is left is alone at the first meeting; the other heals at the second, and so is where it is."""
     alone, again = tmp_path / "alone", tmp_path / "again"

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "TorchDispatchMode",
     "after_each_backward",
+    "around_shape_derivation",
     "compute_local_shape_and_global_offset",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
@@ -270,6 +271,21 @@ def after_each_backward(callback: Callable[[list[Tensor]], None]) -> Iterator[No
         callback([gradient for gradient in kept if gradient is not None])
 
     with mock.patch.object(FSDPParamGroup, "post_backward", post_backward_and_tell):
+        yield
+
+
+@contextlib.contextmanager
+def around_shape_derivation(around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Within it, DTensor enters `around()` when it runs an operator on fakes of whole tensors, to learn its shapes."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    derive = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def derive_within(propagator: Any, schema: Any) -> Any:
+        with around():
+            return derive(propagator, schema)
+
+    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", derive_within):
         yield
 
 

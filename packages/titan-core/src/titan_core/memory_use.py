@@ -11,7 +11,7 @@ said to be the host's, so that a step can be tried where there is only a host.
 import contextlib
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from titan_core.compat import TorchDispatchMode, after_each_backward
+from titan_core.compat import TorchDispatchMode, after_each_backward, around_shape_derivation
 from titan_core.shards import local
 
 
@@ -67,6 +67,7 @@ class MemoryRecorder(TorchDispatchMode):
         """Whether new storages are in the host's memory, unless they turn out to be on the device."""
         self._log: list[tuple[_Record, int]] = []
         self._alive: dict[int, tuple[_Record, weakref.ref[Any]]] = {}
+        self._looks_away = False
         self._patches = contextlib.ExitStack()
 
     def hold(self, category: str, tensors: Iterable[Tensor | None], *, host: bool = False) -> None:
@@ -101,12 +102,22 @@ class MemoryRecorder(TorchDispatchMode):
         # FSDP frees and allocates what it gathers so, unseen by any dispatcher.
         self._patches.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize_and_tell))
         self._patches.enter_context(after_each_backward(partial(self.hold, "gradients")))
+        self._patches.enter_context(around_shape_derivation(self._looking_away))
         super().__enter__()
         return self
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         super().__exit__(exc_type, exc_val, exc_tb)
         self._patches.close()
+
+    @contextlib.contextmanager
+    def _looking_away(self) -> Iterator[None]:
+        """What is made within it has no memory, though everything that has some may be fake too."""
+        before, self._looks_away = self._looks_away, True
+        try:
+            yield
+        finally:
+            self._looks_away = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,7 +126,7 @@ class MemoryRecorder(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its local tensors come by themselves
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in () if self._looks_away else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._known(leaf.untyped_storage(), None)
         return result
