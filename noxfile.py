@@ -177,7 +177,7 @@ def launchers(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """Runs the long sweeps of all members and of `tests`."""
     session.install(*build_wheels(session, *PACKAGES, *APPS))
-    session.install("--group", "test")
+    session.install("--group", "test", "--group", "evaluation")
     for name in (*PACKAGES, *APPS):
         session.install("--group", f"{FOLDERS[name] / 'pyproject.toml'}:test")
     pytest(session, "-m", "slow", "tests", *(str(folder / "tests") for folder in FOLDERS.values()))
