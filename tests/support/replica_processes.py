@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-HEARTBEAT_TIMEOUT_SECONDS = 2.0  # after which a killed group is no longer waited for
+HEARTBEAT_TIMEOUT_SECONDS = 1.5  # after which a killed group is no longer waited for
 
 
 @contextlib.contextmanager
