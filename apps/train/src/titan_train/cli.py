@@ -1,30 +1,26 @@
 """`titan-train`: reads the command line, checks it, and only then imports torch and trains."""
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import tyro
-
-from titan_train import flags
+from titan_train.command import CHOICE, FAILED, INTERRUPTED, USAGE, exit_with, is_for_the_user, override
 from titan_train.config import TrainConfig
 from titan_train.config_file import to_json
 from titan_train.configure import configure
 from titan_train.interrupt import Interrupt, Preempted, end_with_launcher
-from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, builtin_modules
+from titan_train.registry import DEFAULT_CONFIG
 from titan_train.validate import validate
 
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 Trains a model. Start it with torchrun for more than one process:
   torchrun --nproc-per-node 2 -m titan_train --parallel.dp-shard 2
 
---module NAME    module of configurations: {modules}, an importable module, or a .py file (default {module})
---config NAME    a function in it, or a run's config.json (default {config})
---print-config   print the resolved configuration as JSON and stop
+{CHOICE}--print-config   print the resolved configuration as JSON and stop
 --explain        print what the layout makes of the model: meshes, placements, pipeline, communication; and stop
 --dry-run        rehearse a step on fake tensors, print the memory of the heaviest rank; and stop
 --world-size N   the number of ranks that --explain and --dry-run suppose (default: those that were started)
@@ -40,8 +36,7 @@ _RAISED_BY_ALL = (
     "titan_ckpt.",
 )
 
-_FAILED, _USAGE, _PREEMPTED, _INTERRUPTED = 1, 2, 75, 130  # 75: EX_TEMPFAIL, "try again later"
-_BROKEN_PIPE = 141  # what a shell makes of SIGPIPE
+_PREEMPTED = 75  # EX_TEMPFAIL, "try again later"
 
 
 class UsageError(ValueError):
@@ -50,22 +45,19 @@ class UsageError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `titan-train`; exits with 0, 1 (failed), 2 (wrong usage), 75 (preempted) or 130 (interrupted)."""
-    try:
-        try:
-            code = run(sys.argv[1:] if arguments is None else arguments)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = _BROKEN_PIPE
-    sys.exit(code)
+    exit_with(lambda: run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Like `main`, but returns the exit code of everything except wrong usage."""
     try:
         chosen, rest = _first_stage(arguments)
-        config = configure(chosen.module, chosen.config, rest, override=_second_stage)
+        config = configure(
+            chosen.module,
+            chosen.config,
+            rest,
+            override=partial(override, program="titan-train", description=_DESCRIPTION),
+        )
         world_size = _supposed_world_size(chosen)
         validate(config, world_size)
         if chosen.print_config:
@@ -73,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
             return 0
     except ValueError as error:
         _complain(error, on_rank=0)  # every rank was given the same command line
-        return _USAGE
+        return USAGE
     rehearsing = chosen.explain or chosen.dry_run
     try:
         if rehearsing:
@@ -91,13 +83,13 @@ def run(arguments: Sequence[str]) -> int:
         return _exit_code(signal.SIGINT)
     except Exception as error:
         _complain(error)
-        return _USAGE if rehearsing and isinstance(error, ValueError) else _FAILED
+        return USAGE if rehearsing and isinstance(error, ValueError) else FAILED
 
 
 def _exit_code(ended_by: signal.Signals | None) -> int:
     if ended_by is None or "TORCHELASTIC_RUN_ID" in os.environ:
         return 0  # torchrun would take any other code for a failure, and start the workers again
-    return _INTERRUPTED if ended_by == signal.SIGINT else _PREEMPTED
+    return INTERRUPTED if ended_by == signal.SIGINT else _PREEMPTED
 
 
 def _supposed_world_size(chosen: argparse.Namespace) -> int:
@@ -128,7 +120,7 @@ def _rehearsed(config: TrainConfig, world_size: int, chosen: argparse.Namespace)
 
 def _complain(error: Exception, on_rank: int | None = None) -> None:
     """Prints what is for the user: what titan's own packages and the operating system say; the rest is raised."""
-    if not (type(error).__module__.startswith("titan_") or isinstance(error, OSError)):
+    if not is_for_the_user(error):
         raise error
     rank = int(os.environ.get("RANK", "0"))
     module = type(error).__module__
@@ -149,36 +141,6 @@ def _first_stage(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--world-size", type=int)
     return parser.parse_known_args(arguments)
-
-
-def _second_stage(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
-    description = _DESCRIPTION.format(
-        modules=", ".join(builtin_modules()), module=DEFAULT_MODULE, config=DEFAULT_CONFIG
-    )
-    with _said_once():
-        return tyro.cli(
-            type(config),
-            prog="titan-train",
-            description=description,
-            default=config,
-            args=list(arguments),
-            config=(tyro.conf.AvoidSubcommands,),
-            registry=flags.registry(),
-        )
-
-
-@contextlib.contextmanager
-def _said_once() -> Iterator[None]:
-    """Lets one rank only say what is wrong with the command line, which is the same for all."""
-    if os.environ.get("RANK", "0") == "0":
-        yield
-        return
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stderr(nowhere),
-        contextlib.redirect_stdout(nowhere),
-    ):
-        yield
 
 
 def _run_name(config: str) -> str:

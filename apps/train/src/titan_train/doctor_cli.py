@@ -5,20 +5,15 @@ interrupted.
 """
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import tyro
-
-from titan_train import flags
+from titan_train.command import FAILED, INTERRUPTED, USAGE, exit_with, is_for_the_user, override, said_once
 from titan_train.config import TrainConfig
 from titan_train.doctor_options import PROBES, Options
 from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, load_config
 
-_FAILED, _USAGE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 # What follows from the configuration, or from what all ranks have been told.
 _RAISED_BY_ALL = ("titan_core.", "titan_train.doctor", "titan_train.registry", "titan_train.config_file")
 _DEFAULTS = Options()
@@ -33,22 +28,9 @@ its mesh and its checkpoint folder; --parallel.*, --device, --output and --check
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `titan-doctor`."""
-    with _said_once():
+    with said_once():
         known, rest = build_parser().parse_known_args(arguments)
-    try:
-        code = _run(known, rest)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = _BROKEN_PIPE
-    except KeyboardInterrupt:
-        code = _INTERRUPTED
-    except Exception as error:
-        if not (type(error).__module__.startswith("titan_") or isinstance(error, OSError)):
-            raise
-        _complain(error)
-        code = _USAGE if isinstance(error, ValueError) else _FAILED
-    sys.exit(code)
+    exit_with(lambda: _run(known, rest))
 
 
 def _complain(error: Exception) -> None:
@@ -59,16 +41,6 @@ def _complain(error: Exception) -> None:
         who = f"titan-doctor (rank {_rank()})" if "RANK" in os.environ else "titan-doctor"
     if who is not None:
         print(f"{who}: {error}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _said_once() -> Iterator[None]:
-    """Lets rank 0 alone say what is wrong with the command line, which is the same for all."""
-    if _rank() == "0":
-        yield
-        return
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,6 +86,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _run(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    try:
+        return _examine(known, rest)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if not is_for_the_user(error):
+            raise
+        _complain(error)
+        return USAGE if isinstance(error, ValueError) else FAILED
+
+
+def _examine(known: argparse.Namespace, rest: Sequence[str]) -> int:
     config = _configuration(known, rest)
     from titan_train.doctor import examine
     from titan_train.doctor_text import as_json, as_text
@@ -128,20 +112,12 @@ def _run(known: argparse.Namespace, rest: Sequence[str]) -> int:
     findings = examine(config, options)
     if _rank() == "0":
         print(as_json(findings) if known.json else as_text(findings, options))
-    return _FAILED if known.strict and findings.outliers else 0
+    return FAILED if known.strict and findings.outliers else 0
 
 
 def _configuration(known: argparse.Namespace, rest: Sequence[str]) -> TrainConfig:
     config = load_config(known.module, known.config)
-    with _said_once():
-        return tyro.cli(
-            type(config),
-            prog="titan-doctor",
-            default=config,
-            args=list(rest),
-            config=(tyro.conf.AvoidSubcommands,),
-            registry=flags.registry(),
-        )
+    return override(config, rest, program="titan-doctor", description=_DESCRIPTION)
 
 
 def _rank() -> str:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_FAILED, _INTERRUPTED, _BROKEN_PIPE = 1, 130, 141
+from titan_train.command import FAILED, INTERRUPTED, exit_with, is_for_the_user
+
 _DESCRIPTION = """\
 Writes text from the weights in PATH: a run's directory, a checkpoint, or a Hugging Face folder. With torchrun the ranks
 share the model by tensor parallelism:
@@ -21,23 +22,22 @@ share the model by tensor parallelism:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `titan-generate`."""
     options = build_parser().parse_args(arguments)
+    exit_with(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         from titan_train.generate import generate_text
 
-        code = generate_text(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = _BROKEN_PIPE
+        return generate_text(options)
     except KeyboardInterrupt:
-        code = _INTERRUPTED
+        return INTERRUPTED
     except Exception as error:
-        if not (type(error).__module__.startswith("titan_") or isinstance(error, OSError)):
+        if not is_for_the_user(error):
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"titan-generate: {error}", file=sys.stderr)
-        code = _FAILED
-    sys.exit(code)
+        return FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:

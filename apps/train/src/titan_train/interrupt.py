@@ -18,7 +18,8 @@ _PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 def end_with_launcher() -> None:
     """Lets the system kill this process when the one that started it, torchrun, is no more.
 
-    Otherwise its ranks would train on unseen, in the way of those that torchrun's other agents start instead. Linux only.
+    Otherwise its ranks would train on unseen, in the way of those that torchrun's other agents start instead. Only
+    Linux can do so.
     """
     if sys.platform == "linux":
         launcher = os.getppid()

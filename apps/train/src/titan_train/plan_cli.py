@@ -5,31 +5,27 @@ Exit codes: 0 done, 1 nothing fits, 2 the command line or the configuration is w
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-import tyro
-
-from titan_train import flags
+from titan_train.command import CHOICE, USAGE, exit_with, is_for_the_user, override
 from titan_train.config import TrainConfig
 from titan_train.configure import configure
 from titan_train.plan import plan, plans_by_remat
 from titan_train.plan_fit import Fit, fit
 from titan_train.plan_text import fit_json, fit_text, plan_json, plan_text
-from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, builtin_modules
+from titan_train.registry import DEFAULT_CONFIG
 from titan_train.validate import validate
 
-_NOTHING_FITS, _USAGE, _BROKEN_PIPE = 1, 2, 141
-_DESCRIPTION = """\
+_NOTHING_FITS = 1
+_DESCRIPTION = f"""\
 Tells what a training step takes of each rank's memory, without a GPU and without other ranks:
   titan-plan --config llama3_405b --world-size 16384 --parallel.tp 8 --parallel.pp 16 --remat.mode full
 
---module NAME     module of configurations: {modules}, an importable module, or a .py file (default {module})
---config NAME     a function in it, or a run's config.json (default {config})
---world-size N    number of ranks
---fit GB          list the layouts of so many ranks that fit into a GPU with GB x 10^9 bytes
---json            print everything for a machine
+{CHOICE}--world-size N   number of ranks
+--fit GB         list the layouts of so many ranks that fit into a GPU with GB x 10^9 bytes
+--json           print everything for a machine
 """
 
 
@@ -39,28 +35,27 @@ class UsageError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `titan-plan`."""
-    try:
-        code = run(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = _BROKEN_PIPE
-    sys.exit(code)
+    exit_with(lambda: run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Like `main`, but returns the exit code of everything except misspelt arguments."""
     chosen, rest = _parser().parse_known_args(arguments)
     try:
-        config = configure(chosen.module, chosen.config, rest, override=_override)
+        config = configure(
+            chosen.module,
+            chosen.config,
+            rest,
+            override=partial(override, program="titan-plan", description=_DESCRIPTION),
+        )
         _check(chosen)
         fitted = None if chosen.fit is None else fit(config, chosen.world_size, int(chosen.fit * 1e9))
         print(_answer(config, chosen, fitted))
     except (ValueError, OSError) as error:
-        if not (type(error).__module__.startswith("titan_") or isinstance(error, OSError)):
+        if not is_for_the_user(error):
             raise
         print(f"titan-plan: {error}", file=sys.stderr)
-        return _USAGE
+        return USAGE
     return 0 if fitted is None or fitted.fitting else _NOTHING_FITS
 
 
@@ -90,21 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fit", type=float, metavar="GB")
     parser.add_argument("--json", action="store_true")
     return parser
-
-
-def _override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
-    description = _DESCRIPTION.format(
-        modules=", ".join(builtin_modules()), module=DEFAULT_MODULE, config=DEFAULT_CONFIG
-    )
-    return tyro.cli(
-        type(config),
-        prog="titan-plan",
-        description=description,
-        default=config,
-        args=list(arguments),
-        config=(tyro.conf.AvoidSubcommands,),
-        registry=flags.registry(),
-    )
 
 
 if __name__ == "__main__":
