@@ -14,6 +14,7 @@ from titan_train.config import CheckpointSection
 from titan_train.guard import DivergedError
 from titan_train.hooks import Hook
 from titan_train.interrupt import Interrupt
+from titan_train.validate import problems
 
 
 class Poison(Hook):
@@ -129,10 +130,11 @@ def reference_with_a_hole(config, output, hole):
         trainer.Trainer.step = build
 
 
-def test_a_spike_is_a_loss_far_above_the_last_ones(exact, tmp_path):
+def test_a_spike_is_a_loss_far_above_the_last_ones(exact, tmp_path, capsys):
     config = skipping(exact, sigma=6.0, window=4)
     losses = curve(poisoned_run(config, tmp_path, {3, 8}, factor=50.0))
     assert [line["step"] for line in left_out(tmp_path)] == [8]  # at step 3 there were not enough to tell
+    assert "The loss at step 8 is a spike: " in capsys.readouterr().out
     assert losses[7] > 40
     assert losses[8] < 7
 
@@ -186,6 +188,26 @@ def without_batches(config, output, holes):
         trainer.build_loader = build
 
 
+def test_going_back_to_the_same_checkpoint_again_goes_further(exact, tmp_path):
+    """The batch after a bad one may be bad too, or one a little later."""
+    losses = curve(poisoned_run(rewinding(exact), tmp_path / "run", {5, 6, 8}))
+    assert losses == pytest.approx(without_batches(exact, tmp_path / "without", {4, 5, 6, 7, 8}), rel=1e-12)
+    plain = samples(tmp_path / "run", 1)
+    train(exact, tmp_path / "untouched", **{"training.steps": 12})
+    read = samples(tmp_path / "untouched", 1)
+    assert [line["sample_ids"] for line in left_out(tmp_path / "run")] == [sorted(read[i]) for i in range(4, 9)]
+    assert sorted(plain[4]) == sorted(read[9])
+
+
+def test_a_row_of_skipped_steps_is_as_long_after_a_restart(exact, tmp_path):
+    config = skipping(exact, max_skips=4)
+    for _ in range(2):  # it fails at the same step however often it is started again
+        with pytest.raises(DivergedError, match=r"step 9, and 4 steps before it were skipped"):
+            poisoned_run(config, tmp_path, {5, 6, 7, 8, 9, 10})
+        assert max(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()) == 6
+        assert [line["step"] for line in left_out(tmp_path)] == [5, 6, 7, 8, 9]  # none twice
+
+
 def test_a_run_goes_back_only_so_often_and_only_to_a_checkpoint(exact, tmp_path):
     with pytest.raises(DivergedError, match=r"gone back 2 times already \(guard\.max_rewinds\)"):
         poisoned_run(rewinding(exact, max_rewinds=2), tmp_path / "often", {5, 8, 11, 14})
@@ -199,6 +221,12 @@ def test_a_killed_run_remembers_what_it_left_out(exact, tmp_path):
     poisoned_run(change(config, **{"training.steps": 8}), tmp_path / "parts", {5})
     parts = poisoned_run(config, tmp_path / "parts", {5})
     assert curve(parts) == curve(whole)
+
+
+def test_going_back_takes_checkpoints():
+    changes = {"guard.policy": "rewind", "checkpoint.every": 0, "data.source": "nowhere"}
+    assert any("none is saved before the last step" in problem for problem in problems(change(TINY, **changes), 1))
+    assert problems(change(TINY, **changes | {"checkpoint.every_minutes": 5.0}), 1) == []
 
 
 @pytest.mark.parametrize(

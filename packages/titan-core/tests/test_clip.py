@@ -40,6 +40,24 @@ def test_low_precision_gradients_are_summed_in_float32():
     assert norm.item() == pytest.approx(math.sqrt(100_000) * params[0].grad[0].item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 1e-1])
+def test_a_matrix_with_few_large_rows_has_one_norm_however_it_is_cut(scale):
+    """As an embedding's gradient is whose corpus uses few of its tokens."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(4096, 256, generator=generator) * scale
+    gradient[:309] = torch.randn(309, 256, generator=generator)
+    expected = gradient.double().norm().item()
+    for pieces in (1, 2, 4):
+        for dim in (0, 1):
+            norm = gradient_norm(parameters(*gradient.chunk(pieces, dim))).item()
+            assert norm == pytest.approx(expected, rel=2e-7)
+
+
+def test_scalars_and_empty_shards_have_norms_too():
+    params = parameters(torch.tensor(3.0), torch.empty(0, 5), torch.tensor([4.0]))
+    assert gradient_norm(params).item() == 5.0
+
+
 def test_each_element_counts_once_however_it_is_laid_out():
     generator = torch.Generator().manual_seed(0)
     a, b, c = (torch.randn(8, 6, generator=generator, dtype=torch.float64) for _ in range(3))

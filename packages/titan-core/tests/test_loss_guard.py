@@ -42,6 +42,7 @@ def test_a_spike_is_far_above_the_last_good_losses_once_there_are_enough():
     limit = statistics.mean(window) + 3 * statistics.stdev(window)
     assert judged(guard, limit + 1e-9)
     assert judged(guard, limit + 1e-9)  # bad ones do not move the limit
+    assert guard.limit.item() == pytest.approx(limit)
     assert not judged(guard, limit - 1e-9)
     assert not judged(guard, 0.1)  # what falls is no spike
 

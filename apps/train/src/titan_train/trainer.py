@@ -127,6 +127,7 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
         elif config.checkpoint.init_from is not None:
             trainer.start_from(find_origin(config.checkpoint.init_from))
         trainer.join(cleanup, Saving(config, env, shared, checkpointer))
+        trainer.guard.resume(trainer.progress.step)
         record.ready(trainer.model, trainer.progress.step)
         if config.spans.enabled:
             trainer.layout.watch(record.spans.action)
@@ -292,6 +293,8 @@ class Trainer:
         checkpoint = self.guard.go_back(bad, checkpointer.newest_whole())
         with self.record.aside("restore", "restore", checkpoint.step), contextlib.closing(self.loader):
             self.resume(checkpointer, checkpoint)
+            for _ in range(self.guard.already_left_out):
+                next(self.loader)
             for number in range(checkpoint.step + 1, bad.number + 1):
                 self.guard.leave_out(number, next(self.loader)["sample_ids"])
         return checkpoint

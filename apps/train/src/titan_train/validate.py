@@ -148,6 +148,11 @@ def _checkpoint_problems(config: TrainConfig) -> list[str]:
     found = config.checkpoint.problems()
     if config.guard.policy == "rewind" and not config.checkpoint.enabled:
         found.append("guard.policy rewind goes back to checkpoints, but checkpoint.enabled is off; leave it on.")
+    elif config.guard.policy == "rewind" and not config.checkpoint.saves_on_the_way:
+        found.append(
+            "guard.policy rewind goes back to checkpoints, and none is saved before the last step; give "
+            "--checkpoint.every or --checkpoint.every-minutes."
+        )
     if wrong := sorted(set(config.checkpoint.exclude) - set(_EXCLUDABLE)):
         found.append(
             f"checkpoint.exclude names {', '.join(wrong)}; choose among {', '.join(_EXCLUDABLE)}. (To take nothing but "

@@ -48,6 +48,11 @@ class CheckpointConfig:
     exclude: tuple[str, ...] = ()
     """Parts of a checkpoint that are left out when resuming, e.g. optimizer: they start as in a new run."""
 
+    @property
+    def saves_on_the_way(self) -> bool:
+        """Whether there are checkpoints before the last step."""
+        return bool(self.enabled and (self.every or self.every_minutes or self.permanent_every or self.permanent_steps))
+
     def problems(self) -> list[str]:
         """Every value out of range, each as one sentence with a remedy; empty if there is none."""
         found = [

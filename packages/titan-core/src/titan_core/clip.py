@@ -1,7 +1,7 @@
 """The gradient's global norm, the same number on every layout, and clipping by it."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,17 +21,31 @@ def gradient_norm(parameters: Iterable[nn.Parameter], stages: ProcessGroup | Non
     for parameter in parameters:
         if parameter.grad is not None:
             parts[_groups(parameter.grad)].append(local(parameter.grad))
-    squares = []
+    squares, wide = [], torch.float32
     for groups, gradients in parts.items():
-        wide = torch.promote_types(gradients[0].dtype, torch.float32)
-        square = torch.stack([torch.linalg.vector_norm(g, dtype=wide) for g in gradients]).square().sum()
+        wide = torch.promote_types(wide, gradients[0].dtype)
+        square = _sum_of_squares(gradients)
         for group in groups:
             dist.all_reduce(square, group=group)
         squares.append(square)
     total = torch.stack(squares).sum()
     if stages is not None:
         dist.all_reduce(total, group=stages)
-    return total.sqrt()
+    return total.sqrt().to(wide)
+
+
+def _sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all elements together: a scalar, in float64 where the device has it.
+
+    Row by row first: over a large matrix of which few rows are large, as an embedding's is, a sum in float32 loses
+    more the longer it is, so that its error would depend on how many ranks the matrix is cut over.
+    """
+    rows = [
+        torch.linalg.vector_norm(g, dim=-1, dtype=torch.promote_types(g.dtype, torch.float32)).flatten()
+        for g in gradients
+    ]
+    exact = torch.float32 if gradients[0].device.type == "mps" else torch.float64
+    return torch.cat(rows).to(exact).square().sum()
 
 
 def _groups(gradient: Tensor) -> tuple[ProcessGroup, ...]:

@@ -20,6 +20,8 @@ class LossGuard:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self._losses = torch.zeros(config.window if config.sigma else 0, dtype=wide, device=device)
         self._good = torch.zeros((), dtype=torch.int64, device=device)
+        self.limit = torch.full((), torch.inf, dtype=wide, device=device)
+        """Above what the loss that was judged last would have been a spike; infinite if nothing was."""
 
     @torch.no_grad()
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -31,8 +33,9 @@ class LossGuard:
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         if self._sigma:
             loss = loss.to(self._losses.dtype)
-            enough = self._good >= len(self._losses)
-            bad |= enough & (loss > self._losses.mean() + self._sigma * self._losses.std())
+            limit = self._losses.mean() + self._sigma * self._losses.std()
+            self.limit = torch.where(self._good >= len(self._losses), limit, torch.inf)
+            bad |= loss > self.limit
             place = (self._good % len(self._losses))[None]
             self._losses.index_copy_(0, place, torch.where(bad, self._losses[place], loss))
         self._good += ~bad
