@@ -5,6 +5,7 @@ packages       each package and app alone: its wheel, its declared dependencies,
 wheels         all wheels together: versions that refuse each other fail here
 together       what needs several packages: real runs in one process and many
 browser        the run report in headless Chromium, which is fetched if it is not installed
+docs           the site of docs/; a link that leads nowhere fails
 launchers      scripts/*.yaml against the schemas of SkyPilot and Kubernetes
 slow           long sweeps, not part of the default
 gpu_tests      a member's tests on a GPU; without one they fail rather than skip
@@ -40,6 +41,8 @@ SPELLED = (
     "tests",
     "benchmarks",
     "scripts",
+    "docs",
+    "mkdocs.yml",
 )
 
 YAML_STYLE = """
@@ -53,7 +56,7 @@ rules:
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "packages", "wheels", "together", "browser", "launchers"]
+nox.options.sessions = ["lint", "packages", "wheels", "together", "browser", "docs", "launchers"]
 
 if sys.platform not in ("linux", "darwin"):
     sys.exit(f"titan is tested on Linux and macOS, not on {sys.platform}; on Windows use WSL 2.")
@@ -160,6 +163,13 @@ def browser(session: nox.Session) -> None:
         session.run("playwright", "install", "chromium")  # where the tests look for it
     session.env["CHROMIUM"] = chromium or ""
     pytest(session, "-m", "browser", str(FOLDERS["titan-metrics"] / "tests" / "report"))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Builds the site of docs/ into site/; `uv run --group docs zensical serve` shows it while you write."""
+    session.install("--group", "docs")
+    session.run("zensical", "build", "--strict", "--clean")
 
 
 @nox.session
