@@ -103,13 +103,13 @@ def test_the_cause_is_who_asks():
             clip_gradients(model.parameters(), 1.0)
         return recorder.flows()
 
-    def flow(kind, cause, count, size):
+    def flow(kind, cause, count, size, dtype="float32"):
         sizes = {"sent_bytes": size, "received_bytes": size}
-        return Flow(axis="fsdp", kind=kind, cause=cause, dtype="float32", count=count, **sizes)
+        return Flow(axis="fsdp", kind=kind, cause=cause, dtype=dtype, count=count, **sizes)
 
     expected = [
         flow("all-gather", "parameters gathered by FSDP", 1, 32),
-        flow("all-reduce", "gradient norm", 1, 8),
+        flow("all-reduce", "gradient norm", 1, 16, "float64"),
         flow("reduce-scatter", "gradients reduced by FSDP", 1, 32),
     ]
     assert run_ranks(2, run) == [expected] * 2

@@ -2,6 +2,7 @@
 
 import datetime
 import fcntl
+import itertools
 import os
 from pathlib import Path
 from typing import IO
@@ -15,8 +16,10 @@ class RunDirectoryError(RuntimeError):
 
 
 def default_directory(name: str) -> Path:
-    """`runs/<name>-<time>`, for a run that was given no directory."""
-    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    """`runs/<name>-<time>`, for a run that was given no directory; with a number if there is one from this second."""
+    first = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([first], others) if not path.exists())
 
 
 def own_folder(config: TrainConfig) -> Path:
