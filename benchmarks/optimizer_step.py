@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from titan_core.adamw import AdamW
 from titan_core.config import OptimizerConfig
+from titan_core.optimizers.adamw import AdamW
 
 # The matrices of 8 blocks of a Llama 768 wide, with 12 heads and a vocabulary of 16,384: 69 million weights.
 SHAPES = [(768, 768), (768, 768), (768, 768), (768, 768), (2048, 768), (2048, 768), (768, 2048), (768,), (768,)] * 8

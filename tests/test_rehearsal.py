@@ -10,7 +10,7 @@ from ranks import run_ranks
 from runs import BF16, TINY, change, layout
 from titan_core.compat import trusted_pipeline_shapes
 from titan_core.config import RematConfig
-from titan_core.memory_use import MemoryUse
+from titan_core.planning.memory_use import MemoryUse
 from titan_models.config import MoEConfig
 from titan_train.environment import environment
 from titan_train.forked import in_processes

@@ -19,7 +19,7 @@ import torch
 from ranks import run_ranks
 from replica_processes import Groups, lighthouse, wait_until
 from runs import FLOAT64, change, curve, layout, metrics, titan_train, train
-from titan_core.replica_config import AveragingConfig
+from titan_core.replicas.config import AveragingConfig
 from titan_core.shards import local
 from titan_models.config import MoEConfig
 from titan_train import trainer

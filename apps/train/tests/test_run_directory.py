@@ -6,7 +6,7 @@ import pytest
 
 from titan_train.config_file import read_config
 from titan_train.configs.llama3 import llama3_debug
-from titan_train.run_directory import RunDirectory, RunDirectoryError
+from titan_train.run_directory import RunDirectory, RunDirectoryError, default_directory
 
 
 def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
@@ -38,3 +38,12 @@ def test_the_resolved_configuration_is_written_whole(tmp_path):
     directory.write_config(llama3_debug())
     assert read_config(tmp_path / "config.json") == llama3_debug()
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_runs_of_one_second_have_a_directory_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        names.append(default_directory("small"))
+        names[-1].mkdir(parents=True)
+    assert len(set(names)) == 3

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from titan_core import moments
-from titan_core.adamw import AdamW
 from titan_core.config import OptimizerConfig, ParamGroupConfig
 from titan_core.init import init_parameters, materialize
 from titan_core.optim import ModelState, OptimizerError, OptimizerState, build_optimizer, set_lr
+from titan_core.optimizers import moments
+from titan_core.optimizers.adamw import AdamW
 from titan_core.roles import resolve_roles
 
 

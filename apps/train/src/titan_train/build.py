@@ -12,8 +12,8 @@ from titan_core.degrees import Degrees
 from titan_core.init import init_parameters, materialize
 from titan_core.layout import Layout
 from titan_core.optim import set_lr, step_unless
+from titan_core.optimizers.param_groups import check_groups
 from titan_core.parallelize import parallelize
-from titan_core.param_groups import check_groups
 from titan_core.roles import resolve_roles
 from titan_core.schedule import lr_factor
 from titan_models.facts import flops_per_token

@@ -10,7 +10,7 @@ from typing import Literal
 
 from titan_ckpt.config import CheckpointConfig
 from titan_core.config import CompileConfig, GuardConfig, OptimizerConfig, ParallelConfig, RematConfig, ScheduleConfig
-from titan_core.replica_config import ReplicaConfig
+from titan_core.replicas.config import ReplicaConfig
 from titan_data.config import DataConfig
 from titan_data.loader_config import LoaderConfig
 from titan_data.mixture_config import MixtureConfig

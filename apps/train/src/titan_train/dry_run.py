@@ -8,13 +8,13 @@ import torch
 
 from titan_core.compiling import check_backend
 from titan_core.degrees import resolve_degrees
-from titan_core.explain import Stage, describe_stages
-from titan_core.memory_use import MemoryUse
+from titan_core.pipelining.schedule_order import compute_order
+from titan_core.planning.explain import Stage, describe_stages
+from titan_core.planning.memory_use import MemoryUse
+from titan_core.planning.timeline import most_in_flight
+from titan_core.planning.traffic import Flow
 from titan_core.roles import resolve_roles
-from titan_core.schedule_order import compute_order
 from titan_core.text import human, terminal_width, wrap
-from titan_core.timeline import most_in_flight
-from titan_core.traffic import Flow
 from titan_models.facts import flops_per_token
 from titan_train.build import full_share
 from titan_train.config import TrainConfig

@@ -4,7 +4,8 @@ import torch
 
 from titan_core.compiling import check_backend
 from titan_core.degrees import resolve_degrees
-from titan_core.explain import (
+from titan_core.pipelining.schedule_order import compute_order
+from titan_core.planning.explain import (
     Explanation,
     Parameters,
     View,
@@ -14,11 +15,10 @@ from titan_core.explain import (
     describe_stages,
     merge_parameters,
 )
-from titan_core.explain_text import render
+from titan_core.planning.explain_text import render
+from titan_core.planning.timeline import play
 from titan_core.roles import resolve_roles
-from titan_core.schedule_order import compute_order
 from titan_core.text import terminal_width, wrap
-from titan_core.timeline import play
 from titan_models.facts import flops_per_token
 from titan_train.build import full_share, lay_out
 from titan_train.config import TrainConfig

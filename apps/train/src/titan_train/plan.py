@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 from titan_core.config import RematConfig
 from titan_core.degrees import Degrees, resolve_degrees
-from titan_core.ledger import Category
-from titan_core.pipeline_order import rank_order
-from titan_core.roles import matches
-from titan_core.sharding_memory import Policy
-from titan_core.stages import SCHEDULES, stage_names, stage_ranks
-from titan_core.step_memory import StageUnits, Unit, step_memory
-from titan_core.surroundings import ParallelSurroundings
-from titan_core.timeline import Computation
-from titan_core.weights_memory import (
+from titan_core.pipelining.rank_order import rank_order
+from titan_core.pipelining.stages import SCHEDULES, stage_names, stage_ranks
+from titan_core.planning.ledger import Category
+from titan_core.planning.sharding_memory import Policy
+from titan_core.planning.step_memory import StageUnits, Unit, step_memory
+from titan_core.planning.surroundings import ParallelSurroundings
+from titan_core.planning.timeline import Computation
+from titan_core.planning.weights_memory import (
     LocalWeight,
     Weight,
     adamw_state_bytes,
@@ -28,6 +27,7 @@ from titan_core.weights_memory import (
     groups_of,
     local_weight,
 )
+from titan_core.roles import matches
 from titan_models.activations import DecoderActivations, Extent
 from titan_models.facts import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, flops_per_token, parameter_shapes
 from titan_train.config import TrainConfig

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from titan_core.config import CompileConfig, RematConfig
 from titan_core.degrees import resolve_degrees
-from titan_core.fake_world import fake_tensors, fake_world
-from titan_core.memory_use import MemoryRecorder, MemoryUse
 from titan_core.mesh import build_meshes
 from titan_core.optim import OptimizerState, build_optimizer
-from titan_core.stages import stage_count
-from titan_core.traffic import Flow, TrafficRecorder
+from titan_core.pipelining.stages import stage_count
+from titan_core.planning.fake_world import fake_tensors, fake_world
+from titan_core.planning.memory_use import MemoryRecorder, MemoryUse
+from titan_core.planning.traffic import Flow, TrafficRecorder
 from titan_models.facts import GPU_CHUNK_TOKENS
 from titan_train.build import full_share, input_names, lay_out
 from titan_train.config import TrainConfig

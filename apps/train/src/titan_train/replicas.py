@@ -19,8 +19,8 @@ from torch import Tensor
 
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.location import place_of
-from titan_core.replica_averaging import Averaging
-from titan_core.replica_groups import ReplicaGroups
+from titan_core.replicas.averaging import Averaging
+from titan_core.replicas.groups import ReplicaGroups
 from titan_core.shards import local
 from titan_train.build import LaidOut
 from titan_train.config import TrainConfig

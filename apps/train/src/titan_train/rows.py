@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from titan_core.config import ParallelConfig
 from titan_core.degrees import Degrees
-from titan_core.stages import stage_count
+from titan_core.pipelining.stages import stage_count
 from titan_train.config import TrainingConfig
 
 

@@ -22,10 +22,10 @@ from titan_ckpt.cadence import Timer, due
 from titan_ckpt.checkpoint import Checkpoint
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.place import Place
-from titan_core.convert_state import ConvertedState
 from titan_core.optim import ModelState, OptimizerState, build_optimizer
-from titan_core.replica_averaging import Averaging
-from titan_core.replica_groups import StepDiscardedError
+from titan_core.optimizers.convert_state import ConvertedState
+from titan_core.replicas.averaging import Averaging
+from titan_core.replicas.groups import StepDiscardedError
 from titan_core.rng import RngState
 from titan_data.loader import Batch
 from titan_data.rows import IGNORED_LABEL

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from titan_core.config import CompileConfig, ParallelConfig, RematConfig
 from titan_core.degrees import Degrees, divisors
-from titan_core.schedule_file import read_schedule
-from titan_core.stages import SCHEDULES, pipeline_problems, stage_count
+from titan_core.pipelining.schedule_file import read_schedule
+from titan_core.pipelining.stages import SCHEDULES, pipeline_problems, stage_count
 
 
 @dataclass(frozen=True, kw_only=True)

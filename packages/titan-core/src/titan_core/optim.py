@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from titan_core.adamw import AdamW
 from titan_core.config import OptimizerConfig
-from titan_core.moments import wide_dtype
-from titan_core.muon import Muon
-from titan_core.param_groups import group_parameters
+from titan_core.optimizers.adamw import AdamW
+from titan_core.optimizers.moments import wide_dtype
+from titan_core.optimizers.muon import Muon
+from titan_core.optimizers.param_groups import group_parameters
 
 
 class OptimizerError(ValueError):

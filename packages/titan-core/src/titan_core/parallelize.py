@@ -52,7 +52,7 @@ def parallelize(
     parts: Iterable[nn.Module] = [model]
     stages = None
     if meshes.degrees.pp > 1:
-        from titan_core.pipeline import cut_into_stages
+        from titan_core.pipelining.pipeline import cut_into_stages
 
         stages = cut_into_stages(model, roles, config, meshes.data.get_local_rank("pp"), costs or {})
         model, parts = stages.model, stages.parts.values()
@@ -77,7 +77,7 @@ def parallelize(
             itemsize=reduce_dtype.itemsize,
         )
     else:
-        from titan_core.pipeline import Pipeline
+        from titan_core.pipelining.pipeline import Pipeline
 
         layout = Pipeline(
             stages,

@@ -1,0 +1,1 @@
+"""How parameters are moved: AdamW and Muon on sharded parameters, and how their states are kept."""

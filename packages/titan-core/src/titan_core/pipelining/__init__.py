@@ -1,0 +1,1 @@
+"""Pipeline parallelism: cutting a model into stages, and the order in which they work."""

@@ -1,0 +1,1 @@
+"""What a layout costs before it runs: arithmetic, and rehearsals on ranks that do not exist."""

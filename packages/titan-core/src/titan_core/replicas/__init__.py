@@ -1,0 +1,1 @@
+"""Replica groups that train together, and may come and go."""
