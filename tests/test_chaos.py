@@ -7,13 +7,15 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 
 from ranks import run_ranks
 from runs import change, curve, layout, metrics, samples, train
 from titan_ckpt.checkpointer import Checkpointer
-from titan_train import trainer
+from titan_train import cli, trainer
+from titan_train.config_file import to_json
 from titan_train.interrupt import Interrupt
 
 EVERY = 3
@@ -48,7 +50,29 @@ def kill_again_and_again(config, world_size, kills, seed):
     return inside_saves
 
 
-def start(config, world_size, kill):
+def preempt_again_and_again(config, times, seed):
+    """Asks the run to end and starts it again; nothing is lost any time."""
+    moments = random.Random(seed)
+    output = config.output
+    checkpoints = Checkpointer(output / "checkpoints", report=pytest.fail)
+    for i in range(times):
+        group, log = start(config, 1, i, run=alone)
+        wait_for_a_step(group, output, log)
+        time.sleep(moments.uniform(0, 0.03))
+        os.kill(group, moments.choice([signal.SIGTERM, signal.SIGUSR1]))
+        _, status = os.waitpid(group, 0)
+        assert os.waitstatus_to_exitcode(status) == 75, log.read_text()
+        assert checkpoints.newest_whole().step == metrics(output)[-1]["step"]
+
+
+def alone(config):
+    """Runs the command in this process, and ends it as the command does."""
+    path = Path(config.output).parent / "config.json"
+    path.write_text(to_json(config))
+    os._exit(cli.run(["--config", str(path)]))
+
+
+def start(config, world_size, kill, run=None):
     """Forks a run into a process group of its own, and returns the group and the file of what it says."""
     log = config.output.parent / f"log-{kill}.txt"
     sys.stdout.flush()
@@ -59,12 +83,14 @@ def start(config, world_size, kill):
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        run = change(config, output=str(config.output))
+        config = change(config, output=str(config.output))
         try:
-            if world_size == 1:
-                trainer.train(run, Interrupt(alone=True), name="test")
+            if run is not None:
+                run(config)
+            elif world_size == 1:
+                trainer.train(config, Interrupt(alone=True), name="test")
             else:
-                run_ranks(world_size, trainer.train, run, Interrupt(alone=False), name="test")
+                run_ranks(world_size, trainer.train, config, Interrupt(alone=False), name="test")
         except BaseException:
             os.write(2, traceback.format_exc().encode())
         os._exit(0)
@@ -121,3 +147,14 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tiny, tmp_path, 
     assert sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()) == sorted(
         path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()
     )
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_preempted_at_random_moments_a_run_loses_nothing(tiny, tmp_path, times):
+    steps = 40 + 20 * times
+    config = change(tiny, **{"training.steps": steps, "schedule.total_steps": steps})
+    whole = train(config, tmp_path / "whole")
+    preempt_again_and_again(change(config, output=tmp_path / "preempted"), times, seed=times)
+    resumed = train(config, tmp_path / "preempted")
+    for key in ("loss", "grad_norm", "lr", "tokens"):
+        assert curve(resumed, key) == curve(whole, key), key
