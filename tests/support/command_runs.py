@@ -23,7 +23,7 @@ from ranks import RankFailure, run_ranks
 for _module in (
     "torch.distributed.checkpoint",
     "titan_train.trainer",
-    *map("titan_core.{}".format, ("context", "expert", "fsdp", "pipeline", "tensor")),
+    *map("titan_core.{}".format, ("context", "expert", "fsdp", "pipelining.pipeline", "tensor")),
 ):
     importlib.import_module(_module)
 
