@@ -10,7 +10,7 @@
 #   NNODES            nodes, or MIN:MAX: with fewer than MAX it goes on from the newest checkpoint, on those that are left
 #   ENDPOINT          HOST:PORT where the nodes meet, on one of them
 #   RUN_ID            what they ask for there; another one for each start
-#   NPROC             processes on this node; default: one a GPU
+#   NPROC             processes on this node; default: one a GPU, or one without a GPU
 #   MAX_RESTARTS      how often the processes are started again after a failure; default: 3
 #   SHUTDOWN_TIMEOUT  seconds that a step and a save may take once a signal has come; default: 600
 #   END_WITH_STDIN    if set, the end of standard input counts as a signal
@@ -23,11 +23,14 @@ if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 run=${1:?the run directory is missing, e.g. scripts/node.sh runs/8b --config llama3_8b}
 shift
 
+if [ -z "${NPROC:-}" ]; then
+  NPROC=$(python -c "import torch; print(max(1, torch.cuda.device_count()))") || exit 1
+fi
 before=$(cat "$run/status.json" 2>/dev/null)
 # A second signal ends torchrun while its workers still save, so it is told once: it gets a process group of its own,
 # since a terminal signals the whole group of this script.
 set -m
-python -m torch.distributed.run --nnodes "${NNODES:?}" --nproc-per-node "${NPROC:-gpu}" \
+python -m torch.distributed.run --nnodes "${NNODES:?}" --nproc-per-node "$NPROC" \
   --max-restarts "${MAX_RESTARTS:-3}" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-600}" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   --rdzv-backend c10d --rdzv-endpoint "${ENDPOINT:?}" --rdzv-id "${RUN_ID:-titan}" \

@@ -172,6 +172,7 @@ def test_whoever_is_far_from_the_others_gets_a_sentence():
         (["--clock-seconds", "0"], "0 is not a time"),
         (["--megabytes", "0"], "0 is out of range"),
         (["--probes", "matrix"], "invalid choice: 'matrix'"),
+        (["--probs", "matmul"], "There is no --probs. Did you mean --probes?"),
         (["--parallel.tensor", "2"], "--parallel.tensor"),
         (["--parallel.tp", "2"], "parallel.tp 2 does not divide"),
         (["--config", "llama9"], "llama9"),

@@ -111,11 +111,19 @@ def test_a_chat(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["{nowhere}", "--prompt", "x"], 1, "there is nothing"),
-        (["{folder}", "--prompt", "", "--no-bos"], 1, "every prompt needs a token"),
-        (["{folder}", "--prompt", "x", "--top-k", "5"], 1, "temperature 0 takes the best"),
-        (["{folder}", "--prompt", "x", "--max-new-tokens", "0"], 1, "max_new_tokens is 0"),
-        (["{folder}", "--prompts", "{nowhere}"], 1, "No such file"),
+        (["{nowhere}", "--prompt", "x"], 2, "There is nothing at {nowhere}. Name a run's directory"),
+        (["{empty}", "--prompt", "x"], 2, "There is nothing at {empty}. Name a run's directory"),
+        (["{folder}", "--prompt", "", "--no-bos"], 2, "every prompt needs a token"),
+        (["{folder}", "--prompt", "x", "--top-k", "5"], 2, "temperature 0 takes the best"),
+        (["{folder}", "--prompt", "x", "--temperature", "-1"], 2, "temperature is -1"),
+        (["{folder}", "--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens is 0"),
+        (["{folder}", "--prompt", "x", "--seed", "3"], 2, "--seed fixes what is drawn, and --temperature 0"),
+        (["{folder}", "--prompt", "x", "--system", "y"], 2, "--system is for conversations; add --chat"),
+        (["{folder}", "--prompt", "x", "--template", "y"], 2, "--template is for conversations; add --chat"),
+        (["{folder}", "--prompt", "x", "--chat", "--bos"], 2, "have no effect with --chat"),
+        (["{folder}", "--prompts", "{nowhere}"], 2, "name a text file with a prompt in each line with --prompts"),
+        (["{folder}", "--prompts", "{empty}/../no_text"], 2, "it is not UTF-8"),
+        (["{folder}", "--prompts", "/dev/null"], 2, "/dev/null is empty; name a text file"),
         (["{folder}"], 2, "one of the arguments --prompt --prompts is required"),
     ],
 )
@@ -127,8 +135,10 @@ def test_what_cannot_be_done_is_one_paragraph(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"folder": folder, "nowhere": tmp_path / "nowhere"}
+    places = {"folder": folder, "nowhere": tmp_path / "nowhere", "empty": tmp_path / "empty"}
+    places["empty"].mkdir()
+    (tmp_path / "no_text").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(SystemExit) as ended:
         generate_cli.main([argument.format(**places) for argument in arguments])
     assert ended.value.code == code
-    assert message in capsys.readouterr().err
+    assert message.format(**places) in capsys.readouterr().err

@@ -288,6 +288,15 @@ def test_what_an_earlier_start_said_does_not_count(place):
     assert node(place, "exit 1") == 1, "or a launcher would start it again and again"
 
 
+def test_a_node_has_as_many_processes_as_gpus_and_one_without_a_gpu(place):
+    asks = f'[ "$1" != -c ] || exec {sys.executable} "$@"'
+    for gpus, processes in ((0, "1"), (4, "4")):
+        (place / "torch.py").write_text(f"class cuda: device_count = staticmethod(lambda: {gpus})")
+        assert node(place, asks, NPROC="", PYTHONPATH=str(place), PYTHONDONTWRITEBYTECODE="1") == 0
+        arguments = (place / "arguments").read_text().splitlines()
+        assert arguments[arguments.index("--nproc-per-node") + 1] == processes
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_passed_on_once(place, number):
     def send_twice(process):

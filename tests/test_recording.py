@@ -1,6 +1,8 @@
 """What a run leaves behind beside its metrics: spans, the ledger, the machine, profiles; and what watches over it."""
 
 import json
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from titan_core.shards import local
 from titan_metrics.goodput import goodput
 from titan_metrics.nonfinite import NonFiniteError
 from titan_metrics.replicas import ReplicasDifferError
-from titan_train import trainer
+from titan_train import hooks, trainer
 from titan_train.config import TrainConfig
 from titan_train.config_file import to_json
 from titan_train.hooks import Hook, Step
 from titan_train.interrupt import Interrupt
+from titan_train.validation import Validate
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -99,6 +102,24 @@ def test_the_greatest_loss_of_a_rank(tiny: TrainConfig, tmp_path: Path) -> None:
         ours = train(tiny, tmp_path / name, 4, **steps, **layout(dp_shard=2, **degrees))
         assert curve(ours, "loss_max") == pytest.approx(curve(halves, "loss_max"), rel=1e-5)
     assert curve(halves, "loss_max") != curve(halves)
+
+
+def test_speed_is_that_of_steps_alone(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done aside is logged beside the step, and is no part of its seconds."""
+    monkeypatch.setattr(Validate, "_score_all", lambda self, step: time.sleep(0.5))
+    save = trainer.Trainer._save
+    monkeypatch.setattr(trainer.Trainer, "_save", lambda *args, **kw: (time.sleep(0.5), save(*args, **kw))[1])
+    sinks = hooks.build_sinks
+    monkeypatch.setattr(hooks, "build_sinks", lambda *args, **kw: (time.sleep(0.5), sinks(*args, **kw))[1])
+    asides = {"validation.sets": {"same": tiny.data.source}, "validation.every": 2, "checkpoint.every": 3}
+    found = train(tiny, tmp_path, **{"training.steps": 5, "schedule.total_steps": 5, **asides})
+    assert [line.get("time.validation", 0) >= 0.5 for line in found] == [False, True, False, True, True]
+    assert [line["checkpoint_seconds"] >= 0.5 for line in found] == [False, False, False, True, False]
+    worked = sum(seconds for name, seconds in found[0].items() if name.startswith("time.") and name != "time.other")
+    assert found[0]["step_seconds"] < worked + 0.25  # without the start of the sinks
+    for before, line in pairwise(found):
+        aside = line.get("time.validation", 0) + line["checkpoint_seconds"]
+        assert line["step_seconds"] < line["time"] - before["time"] - aside + 0.25
 
 
 def test_documents_cost_less_than_rows(tiny: TrainConfig, tmp_path: Path) -> None:

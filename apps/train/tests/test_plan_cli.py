@@ -56,6 +56,22 @@ def test_the_configuration_of_a_run_is_planned_too(capsys, tmp_path):
     assert (code, by_file) == (0, by_name)
 
 
+def test_a_run_directory_is_told_from_its_configuration(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(llama3_debug()))
+    code, _, err = answer(capsys, "--config", str(tmp_path), "--world-size", "2")
+    assert code == 2
+    assert f"give its {tmp_path}/config.json" in err
+    assert "--output" not in err
+
+
+def test_one_of_a_kind_is_not_called_many(capsys):
+    one = ["--world-size", "1", "--training.global-batch-size", "1", "--training.micro-batch-size", "1"]
+    _, out, _ = answer(capsys, *one)
+    assert "on 1 rank: one device; 1 micro-batch of 1 x " in " ".join(out.split())
+    _, out, _ = answer(capsys, *one, "--fit", "80")
+    assert out.startswith("1 layout of llama3_debug fits into 80 GB")
+
+
 def test_json_has_all_in_bytes(capsys):
     code, out, _ = answer(capsys, "--world-size", "4", "--json")
     found = json.loads(out)
@@ -93,6 +109,8 @@ WRONG = {
     "unknown configuration": (["--world-size", "8", "--config", "llama3_9b"], "llama3_9b"),
     "indivisible": (["--world-size", "7", "--parallel.tp", "2"], "parallel.tp 2 does not divide the 7 ranks"),
     "no memory": (["--world-size", "8", "--fit", "0"], "--fit is 0; give the memory of one GPU in GB"),
+    "a flag misspelt": (["--wrld-size", "8"], "There is no --wrld-size. Did you mean --world-size?"),
+    "a flag misspelt with its value": (["--world-size=8", "--ft=80"], "There is no --ft. Did you mean --fit?"),
     "negative": (["--world-size", "8", "--fit", "-1"], "--fit is -1"),
     "not a number": (["--world-size", "8", "--fit", "nan"], "--fit is nan"),
     "not modelled": (

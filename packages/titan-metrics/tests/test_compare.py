@@ -37,6 +37,29 @@ def test_speed_time_and_memory_do_not_count(tmp_path):
     assert compare_runs(first, write(tmp_path / "b", line(1, **other))).divergence is None
 
 
+def test_what_depends_on_the_layout_does_not_count(tmp_path):
+    first = write(tmp_path / "a", line(1, loss_max=1.0, **{"replica.quorum_seconds": 0.1, "replica.groups": 2}))
+    second = write(tmp_path / "b", line(1, loss_max=1.5, **{"replica.quorum_seconds": 0.2, "replica.groups": 1}))
+    assert compare_runs(first, second).divergence is None
+
+
+def test_a_damaged_line_is_named(tmp_path, capsys):
+    first, second = write(tmp_path / "a", line(1), line(2), line(3)), write(tmp_path / "b", line(1), line(2), line(3))
+    whole = (second / "metrics.jsonl").read_text().splitlines()
+    (second / "metrics.jsonl").write_text("\n".join([whole[0], whole[1][:20], whole[2]]) + "\n")
+    assert main([str(first), str(second)]) == 2
+    assert f"{second}/metrics.jsonl, line 2, is not a JSON object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tolerance", ["-1", "nan", "inf", "much"])
+def test_a_tolerance_that_is_none_is_refused(tolerance, tmp_path, capsys):
+    run = write(tmp_path / "a", line(1))
+    with pytest.raises(SystemExit) as ended:
+        main([str(run), str(run), f"--tolerance={tolerance}"])
+    assert ended.value.code == 2
+    assert "--tolerance" in capsys.readouterr().err
+
+
 def test_steps_of_one_run_alone_are_counted(tmp_path):
     first = write(tmp_path / "a", line(1), line(2), line(3))
     found = compare_runs(first, write(tmp_path / "b", line(2), line(9)))

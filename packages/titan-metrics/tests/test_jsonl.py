@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_metrics.jsonl import JsonlSink, read_jsonl, resume_jsonl
+from titan_metrics.jsonl import DamagedFileError, JsonlSink, read_jsonl, resume_jsonl
 
 
 def write(path, *steps):
@@ -135,8 +135,20 @@ def test_it_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 def test_a_file_that_is_being_written_is_read_as_far_as_it_goes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert list(read_jsonl(path)) == []
-    path.write_text('{"step": 1}\nno json\n[1]\n{"step": 2}\n{"step": 3}')
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}')
     assert list(read_jsonl(path)) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st\n')
+    assert list(read_jsonl(path)) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"st\n{"start": 1.0}\n')  # what a killed process has left, and the next one
+    assert list(read_jsonl(path)) == [{"step": 1}, {"start": 1.0}]
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"step": 2, "lo'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(DamagedFileError, match=r"metrics\.jsonl, line 2, is not a JSON object: it begins"):
+        list(read_jsonl(path))
 
 
 def test_a_clock_dates_each_line(tmp_path):

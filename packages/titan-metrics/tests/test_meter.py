@@ -86,6 +86,19 @@ def test_restart_leaves_out_what_came_before():
     assert meter.read()["tokens_per_second"] == pytest.approx(100.0)
 
 
+def test_time_that_is_left_out_counts_in_its_window_only():
+    clock = Clock()
+    meter = Meter(None, None, devices=1, clock=clock)
+    for validation in (6.0, 0.0):
+        clock.now += 4.0 + validation
+        meter.add(tokens=100, data_wait_seconds=1.0)
+        meter.leave_out(validation)
+        values = meter.read()
+        assert values["tokens_per_second"] == pytest.approx(25.0)
+        assert values["step_seconds"] == pytest.approx(4.0)
+        assert values["data_wait_share"] == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize(
     ("facts", "wrong"), [((0.0, 1.0, 1), "flops_per_token"), ((1.0, -1.0, 1), "peak_flops"), ((1.0, 1.0, 0), "devices")]
 )

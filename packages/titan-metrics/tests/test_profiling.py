@@ -43,9 +43,18 @@ def test_only_chosen_ranks_profile_and_only_if_asked(tmp_path):
     ]
 
 
-def test_an_unfinished_profile_ends_with_the_run(tmp_path):
-    assert run(tmp_path, 2, profile_at=2, profile_steps=5) == []
-    assert run(tmp_path, 1, profile_at=1, profile_steps=1) == ["profile-rank-0-step-1.json.gz"]  # another may start
+def test_an_unfinished_profile_is_written_at_the_end_of_the_run(tmp_path, caplog):
+    assert run(tmp_path, 6, profile_at=3, profile_steps=5) == ["profile-rank-0-step-6.json.gz"]
+    found = names(tmp_path / "dumps/profile-rank-0-step-6.json.gz")
+    assert {"step 3", "step 6"} <= found
+    assert caplog.records == []
+
+
+def test_a_profile_that_was_never_made_is_told(tmp_path, caplog):
+    assert run(tmp_path, 3, profile_at=30) == []
+    assert run(tmp_path, 3, profile_at=30, rank=1) == run(tmp_path, 3) == []  # not asked for
+    (record,) = caplog.records
+    assert "profile_at is step 30, and the last step of this start was 3" in record.getMessage()
 
 
 def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, caplog):

@@ -139,3 +139,16 @@ def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, caplog, full_disk)
     assert len(caplog.records) == 1
     assert "Spans" in caplog.records[0].getMessage()
     assert spans.read()["time.step"] > 0
+
+
+@pytest.mark.parametrize("blocked", ["spans", "spans/rank-0.jsonl"])
+def test_a_file_that_cannot_be_opened_costs_one_warning(tmp_path, caplog, blocked):
+    if blocked == "spans":
+        (tmp_path / "spans").write_text("in the way")
+    else:
+        (tmp_path / blocked).mkdir(parents=True)
+    with Spans(tmp_path / "spans/rank-0.jsonl", flush_seconds=0.01) as spans, spans.span("step"):
+        time.sleep(0.05)
+    (record,) = caplog.records
+    assert "Spans are not written" in record.getMessage()
+    assert spans.read()["time.step"] >= 0.05

@@ -5,11 +5,13 @@ import pytest
 from titan_metrics.spans import Spans
 from titan_metrics.trace import SpansError, chrome_trace, main, phases, read_spans
 
+WHOLE = '{"name": "a", "step": 1, "at": 0.0, "seconds": 1.0, "depth": 0}'
 
-def write(run, rank, *lines, start=1000.0, offset=None):
+
+def write(run, rank, *lines, start=1000.0, offset=None, world_size=3):
     path = run / "spans" / f"rank-{rank}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    header = {"start": start, "rank": rank, "host": "h", "process": 7, "world_size": 2, "clock_offset": offset}
+    header = {"start": start, "rank": rank, "host": "h", "process": 7, "world_size": world_size, "clock_offset": offset}
     with path.open("a") as file:
         for line in (header, *lines):
             file.write(json.dumps(line) + "\n")
@@ -87,6 +89,25 @@ def test_the_command_writes_a_trace_and_names_slow_ranks(tmp_path, capsys):
     assert (tmp_path / "other.json").exists()
 
 
+def test_the_summary_is_of_the_ranks_that_the_newest_start_has(tmp_path, capsys):
+    for rank in range(3):
+        write(tmp_path, rank, *(span("compute", step, step, 0.1 + 0.05 * (rank == 2)) for step in range(10)))
+    for rank in range(2):
+        slow = 0.03 * (rank == 0)
+        write(tmp_path, rank, *(span("compute", s, s, 0.1 + slow) for s in range(8, 20)), start=2000.0, world_size=2)
+    assert main([str(tmp_path)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.startswith("rank 0 is slow in compute: ")
+    assert {event["pid"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]} == {0, 1, 2}
+
+
+def test_steps_that_no_rank_has_are_told(tmp_path, capsys):
+    write(tmp_path, 0, span("a", 1, 0.0, 1.0))
+    assert main([str(tmp_path), "--steps", "55", "60"]) == 1
+    assert "has spans, but none of steps 55 to 60" in capsys.readouterr().err
+    assert not (tmp_path / "trace.json").exists()
+
+
 def test_no_spans_are_told_with_a_remedy(tmp_path, capsys):
     with pytest.raises(SpansError, match=r"--spans\.enabled"):
         list(read_spans(tmp_path))
@@ -99,15 +120,16 @@ def test_no_spans_are_told_with_a_remedy(tmp_path, capsys):
     ("line", "flags", "code", "message"),
     [
         ('{"name": "a"}', [], 1, "rank-0.jsonl has a line that is no span"),
-        ("", ["--output", "{here}/absent/trace.json"], 1, "Cannot write {here}/absent/trace.json"),
-        ("", ["--steps", "5", "2"], 2, "the first step comes after the last"),
+        ('{"name": "a', [], 1, "rank-0.jsonl, line 3, is not a JSON object"),
+        (WHOLE, ["--output", "{here}/absent/trace.json"], 1, "Cannot write {here}/absent/trace.json"),
+        (WHOLE, ["--steps", "5", "2"], 2, "the first step comes after the last"),
     ],
 )
 def test_a_mistake_is_one_paragraph(line, flags, code, message, tmp_path, capsys):
     with Spans(tmp_path / "spans/rank-0.jsonl") as spans, spans.span("a"):
         pass
     with (tmp_path / "spans/rank-0.jsonl").open("a") as file:
-        file.write(line + "\n")
+        file.write(line + "\n" + (tmp_path / "spans/rank-0.jsonl").read_text().splitlines()[1] + "\n")
     try:
         found = main([str(tmp_path), *(flag.format(here=tmp_path) for flag in flags)])
     except SystemExit as ended:

@@ -1,6 +1,7 @@
 import math
 import os
 import shutil
+import threading
 import time
 
 import pytest
@@ -50,8 +51,7 @@ def test_tensorboard_hides_the_steps_that_a_resumed_run_does_again(tensorboard, 
     assert scalars(tmp_path / "tensorboard", "loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
 
 
-# TensorBoard's own thread reports its death to standard error as well.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+# Warnings are errors: a traceback of TensorBoard's own thread would fail the next two.
 def test_a_full_disk_switches_tensorboard_off(tensorboard, tmp_path, caplog, full_disk):
     with Sinks({"tensorboard": TensorBoardSink(tmp_path)}) as sinks, full_disk(bytes_left=4000):
         deadline = time.monotonic() + 10
@@ -60,6 +60,60 @@ def test_a_full_disk_switches_tensorboard_off(tensorboard, tmp_path, caplog, ful
             time.sleep(0.01)  # its thread writes
     (record,) = caplog.records
     assert "tensorboard" in record.getMessage()
+
+
+def test_a_removed_folder_switches_tensorboard_off_with_one_warning(tensorboard, tmp_path, caplog, capfd):
+    before = threading.excepthook
+    with Sinks({"tensorboard": TensorBoardSink(tmp_path / "tensorboard")}) as sinks:
+        shutil.rmtree(tmp_path / "tensorboard")
+        sinks.log(1, {"loss": 1.0})
+    (record,) = caplog.records
+    assert "tensorboard" in record.getMessage()
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is before
+
+
+def test_threads_of_others_still_report(tensorboard, tmp_path):
+    told = []
+    before, threading.excepthook = threading.excepthook, told.append
+    try:
+        with Sinks({"tensorboard": TensorBoardSink(tmp_path)}):
+            thread = threading.Thread(target=lambda: 1 / 0)
+            thread.start()
+            thread.join()
+    finally:
+        threading.excepthook = before
+    assert [args.exc_type for args in told] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("resume_step", [None, 3])
+def test_wandb_that_cannot_start_costs_one_warning_with_a_remedy(wandb, tmp_path, monkeypatch, caplog, resume_step):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    with build_sinks(MetricsConfig(console=False, wandb=True), tmp_path, 10, resume_step) as sinks:
+        sinks.log(4, {"loss": 1.0})
+    (record,) = caplog.records
+    assert "--metrics.wandb-mode offline" in record.getMessage()
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "mode", "found"),
+    [
+        ("offline", None, "offline"),
+        ("disabled", None, None),
+        ("disabled", "offline", "offline"),
+        ("offline", "disabled", None),
+    ],
+)
+def test_wandb_is_as_the_environment_says_unless_told_otherwise(wandb, tmp_path, monkeypatch, variable, mode, found):
+    wandb.teardown()  # it reads the environment once in a process
+    monkeypatch.setenv("WANDB_MODE", variable)
+    config = MetricsConfig(console=False, wandb=True, wandb_mode=mode)
+    with build_sinks(config, tmp_path, 10, tracker_ids={"wandb": "abcd1234"}, resume_step=2) as sinks:
+        sinks.log(3, {"loss": 1.0})
+    assert sinks.tracker_ids == {"wandb": "abcd1234"}
+    assert bool(list((tmp_path / "wandb").glob("offline-run-*"))) == (found == "offline")
 
 
 def test_wandb_offline_keeps_everything_below_the_run_directory(wandb, tmp_path, monkeypatch):

@@ -132,3 +132,15 @@ def test_a_full_disk_does_not_end_the_watch(tmp_path, caplog, full_disk):
             watchdog.end_step(1)
         wait_for(lambda: (tmp_path / "dumps/stacks-rank-0-step-1.txt").exists())
     assert "could not write" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("blocked", ["dumps", "heartbeats"])
+def test_a_folder_that_cannot_be_written_to_costs_one_warning(tmp_path, caplog, blocked):
+    (tmp_path / blocked).write_text("in the way")
+    with Watchdog(tmp_path, WatchdogConfig(stall_seconds=0.2, heartbeat_seconds=0.02)) as watchdog:
+        watchdog.end_step(1)
+        wait_for(lambda: any("no step has ended" in record.getMessage() for record in caplog.records))
+    told = [record.getMessage() for record in caplog.records if "could not write" in record.getMessage()]
+    assert len(told) == 1
+    assert blocked in told[0]
+    assert (tmp_path / blocked).read_text() == "in the way"

@@ -51,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Like `main`, but returns the exit code of everything except wrong usage."""
     try:
-        chosen, rest = _first_stage(arguments)
+        parser = _parser()
+        chosen, rest = parser.parse_known_args(arguments)
         config = configure(
             chosen.module,
             chosen.config,
             rest,
-            override=partial(override, program="titan-train", description=_DESCRIPTION),
+            override=partial(override, program="titan-train", description=_DESCRIPTION, own=parser),
         )
         world_size = _supposed_world_size(chosen)
         validate(config, world_size)
@@ -132,7 +133,7 @@ def _complain(error: Exception, on_rank: int | None = None) -> None:
     print(f"{who}: {error}", file=sys.stderr, flush=True)
 
 
-def _first_stage(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="titan-train", add_help=False, allow_abbrev=False)
     parser.add_argument("--module")
     parser.add_argument("--config")
@@ -140,7 +141,7 @@ def _first_stage(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--explain", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--world-size", type=int)
-    return parser.parse_known_args(arguments)
+    return parser
 
 
 def _run_name(config: str) -> str:

@@ -1,7 +1,11 @@
 """What this app's commands do alike: flags over a configuration, words said once, a reader who has seen enough."""
 
+import argparse
 import contextlib
+import dataclasses
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +27,10 @@ CHOICE = """\
 """Help of what chooses a configuration, for `override`."""
 
 
+class FlagError(ValueError):
+    """A flag that does not exist, spelt much as one that a command has of its own."""
+
+
 def exit_with(run: Callable[[], int]) -> NoReturn:
     """Ends the process with the exit code that `run` returns, also if nobody reads to the end what it prints."""
     try:
@@ -36,11 +44,24 @@ def exit_with(run: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def override(config: TrainConfig, arguments: Sequence[str], *, program: str, description: str) -> TrainConfig:
+def override(
+    config: TrainConfig,
+    arguments: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    own: argparse.ArgumentParser | None = None,
+) -> TrainConfig:
     """`config` with dotted flags over it; ends the process for --help, and for arguments that are none of its fields.
 
     `description` is the help's; `{modules}`, `{module}` and `{config}` in it stand for what there is and the defaults.
+    `own` has parsed what the command takes beside them, of which the parser of the fields knows nothing.
+
+    Raises:
+        FlagError: if a flag is nearly one of the command's own.
     """
+    if own is not None:
+        _check_spelling(arguments, own)
     names = {"modules": ", ".join(builtin_modules()), "module": DEFAULT_MODULE, "config": DEFAULT_CONFIG}
     with said_once():
         return tyro.cli(
@@ -52,6 +73,16 @@ def override(config: TrainConfig, arguments: Sequence[str], *, program: str, des
             config=(tyro.conf.AvoidSubcommands,),
             registry=flags.registry(),
         )
+
+
+def _check_spelling(arguments: Sequence[str], own: argparse.ArgumentParser) -> None:
+    known = re.findall(r"--[a-z-]+", own.format_usage())
+    fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainConfig)}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and "." not in flag and flag not in fields:
+            for meant in difflib.get_close_matches(flag, known, 1, cutoff=0.7):
+                raise FlagError(f"There is no {flag}. Did you mean {meant}? --help lists all flags.")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,13 @@ from titan_train.doctor_options import PROBES, Options
 from titan_train.registry import DEFAULT_CONFIG, DEFAULT_MODULE, load_config
 
 # What follows from the configuration, or from what all ranks have been told.
-_RAISED_BY_ALL = ("titan_core.", "titan_train.doctor", "titan_train.registry", "titan_train.config_file")
+_RAISED_BY_ALL = (
+    "titan_core.",
+    "titan_train.command",
+    "titan_train.config_file",
+    "titan_train.doctor",
+    "titan_train.registry",
+)
 _DEFAULTS = Options()
 _DESCRIPTION = """\
 Says what the ranks of a run find around them, measures what their devices, links, clocks and disks can do, and names
@@ -117,7 +123,7 @@ def _examine(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _configuration(known: argparse.Namespace, rest: Sequence[str]) -> TrainConfig:
     config = load_config(known.module, known.config)
-    return override(config, rest, program="titan-doctor", description=_DESCRIPTION)
+    return override(config, rest, program="titan-doctor", description=_DESCRIPTION, own=build_parser())
 
 
 def _rank() -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
+from titan_ckpt.location import place_of
 from titan_core.config import ParallelConfig
 from titan_data.chat import ChatTokenizer
 from titan_data.chat_template import open_template
@@ -32,14 +33,20 @@ _ENDS_OF_TURNS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 _REPLACEMENT = "\ufffd"  # what bytes of a character that is not complete yet decode to
 
 
+class PromptsError(ValueError):
+    """There are no prompts to go on from."""
+
+
 def generate_text(options: argparse.Namespace) -> int:
     """What `titan-generate` does once its command line is read; returns the exit code."""
-    origin = find_origin(options.path, option="")
+    origin = _find(options.path)
     if origin.tokenizer is None:
         raise OriginError(f"{options.path} has no tokenizer beside its weights; put a tokenizer.json there.")
     tokenizer = load_tokenizer(Path(origin.tokenizer))
     prompts = _prompts(options, tokenizer, origin)
-    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    sampling = Sampling(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed or 0
+    )
     check_request(prompts, options.max_new_tokens, sampling)  # before the weights are read, which takes its time
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = TrainConfig(
@@ -67,11 +74,39 @@ def generate_text(options: argparse.Namespace) -> int:
     return 0
 
 
+def _find(location: str) -> Origin:
+    try:
+        return find_origin(location, option="")
+    except OriginError as error:
+        place = place_of(location)
+        if place.path is None or (place.path.exists() and place.files()):
+            raise
+        raise OriginError(
+            f"There is nothing at {location}. Name a run's directory with a checkpoint in it, a checkpoint, or a "
+            "Hugging Face folder."
+        ) from error
+
+
+def _texts(options: argparse.Namespace) -> list[str]:
+    if options.prompt:
+        return options.prompt
+    remedy = "name a text file with a prompt in each line with --prompts, or say it with --prompt TEXT."
+    try:
+        texts = options.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise PromptsError(f"The prompts in {options.prompts} cannot be read ({why}); {remedy}") from error
+    if not texts:
+        raise PromptsError(f"{options.prompts} is empty; {remedy}")
+    return texts
+
+
 def _prompts(options: argparse.Namespace, tokenizer: Tokenizer, origin: Origin) -> list[list[int]]:
-    texts = options.prompt or options.prompts.read_text(encoding="utf-8").splitlines()
+    texts = _texts(options)
     if options.chat:
-        with about(f"--template {options.template}"):
-            template = open_template(SFTConfig(template=options.template), tokenizer)
+        name = options.template or SFTConfig.template
+        with about(f"--template {name}"):
+            template = open_template(SFTConfig(template=name), tokenizer)
         chat = ChatTokenizer(tokenizer, template)
         before = [{"role": "system", "content": options.system}] if options.system else []
         return [chat.prompt([*before, {"role": "user", "content": text}]).tolist() for text in texts]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_train.command import FAILED, INTERRUPTED, exit_with, is_for_the_user
+from titan_train.command import FAILED, INTERRUPTED, USAGE, exit_with, is_for_the_user
 
 _DESCRIPTION = """\
 Writes text from the weights in PATH: a run's directory, a checkpoint, or a Hugging Face folder. With torchrun the ranks
@@ -17,6 +17,10 @@ share the model by tensor parallelism:
 
   torchrun --nproc-per-node 2 -m titan_train.generate_cli PATH --prompt TEXT
 """
+
+
+class UsageError(ValueError):
+    """Options that would have no effect beside the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     try:
+        _check(options)
         from titan_train.generate import generate_text
 
         return generate_text(options)
@@ -37,7 +42,17 @@ def _run(options: argparse.Namespace) -> int:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"titan-generate: {error}", file=sys.stderr)
-        return FAILED
+        return USAGE if isinstance(error, ValueError) else FAILED
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.seed is not None and options.temperature == 0:
+        raise UsageError("--seed fixes what is drawn, and --temperature 0 draws nothing; give a higher one, such as 1.")
+    for name in ("system", "template"):
+        if getattr(options, name) is not None and not options.chat:
+            raise UsageError(f"--{name} is for conversations; add --chat, or leave it out.")
+    if options.bos is not None and options.chat:
+        raise UsageError("--bos and --no-bos have no effect with --chat: the template begins a text; leave them out.")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,10 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token (default)")
     parser.add_argument("--top-k", type=int, default=0, help="choose among so many most probable tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among those that have this share together")
-    parser.add_argument("--seed", type=int, default=0, help="fixes what is drawn; default: 0")
+    parser.add_argument("--seed", type=int, help="fixes what is drawn, with --temperature; default: 0")
     parser.add_argument("--chat", action="store_true", help="prompts are what a user says, in the chat template")
     parser.add_argument("--system", metavar="TEXT", help="what the system says before, with --chat")
-    parser.add_argument("--template", default="auto", help="with --chat; default: the one beside the tokenizer")
+    parser.add_argument("--template", help="with --chat; default: the one beside the tokenizer")
     parser.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,

@@ -112,6 +112,7 @@ class LogMetrics(Hook):
         self._flops_per_seen = one_more - self._flops
         self._first: int | None = None
         self._saving_seconds = 0.0
+        record.take_aside_seconds()  # those before the first step are no part of what the meter measures
         self._added: dict[str, float] = {}
         self._attached: dict[str, float] = {}
 
@@ -138,6 +139,7 @@ class LogMetrics(Hook):
         self._added, self._attached = {}, {}
         numbers = self._loss(step)
         phases = self._record.spans.read()
+        self._meter.leave_out(self._record.take_aside_seconds())
         values |= self._meter.read() | phases | memory(self._env.device.type)
         worked = phases.get("time.forward_backward", 0.0) + phases.get("time.optimizer", 0.0)
         self._record.record("step", step=step.number, seconds=worked)
@@ -223,12 +225,6 @@ def build_log(
 ) -> LogMetrics:
     """The log of a run, which goes on after `step`, from `checkpoint` or what another replica group knew."""
     directory = own_folder(config)
-    given = config.metrics.peak_tflops
-    meter = Meter(
-        flops_per_token=training_flops_per_token(config.model, config.training.seq_len),
-        peak_flops=given * 1e12 if given else _peak_flops(config, env.device_name(), rewrites),
-        devices=env.degrees.world_size * config.replica.groups,
-    )
     sinks = env.main_only(
         lambda: build_sinks(
             config.metrics,
@@ -241,6 +237,12 @@ def build_log(
     )
     has_experts = config.model.moe is not None
     loads = env.main_only(lambda: _open_expert_loads(directory, step)) if has_experts else None
+    given = config.metrics.peak_tflops
+    meter = Meter(  # last: its first window opens here
+        flops_per_token=training_flops_per_token(config.model, config.training.seq_len),
+        peak_flops=given * 1e12 if given else _peak_flops(config, env.device_name(), rewrites),
+        devices=env.degrees.world_size * config.replica.groups,
+    )
     return LogMetrics(config, env, meter, sinks, loads, record)
 
 

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from titan_train.command import CHOICE, USAGE, exit_with, is_for_the_user, override
 from titan_train.config import TrainConfig
@@ -40,13 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Like `main`, but returns the exit code of everything except misspelt arguments."""
-    chosen, rest = _parser().parse_known_args(arguments)
+    parser = _parser()
+    chosen, rest = parser.parse_known_args(arguments)
     try:
+        _check_config(chosen.config)
         config = configure(
             chosen.module,
             chosen.config,
             rest,
-            override=partial(override, program="titan-plan", description=_DESCRIPTION),
+            override=partial(override, program="titan-plan", description=_DESCRIPTION, own=parser),
         )
         _check(chosen)
         fitted = None if chosen.fit is None else fit(config, chosen.world_size, int(chosen.fit * 1e9))
@@ -66,6 +69,11 @@ def _answer(config: TrainConfig, chosen: argparse.Namespace, fitted: Fit | None)
     validate(config, world_size)
     found, by_remat = plan(config, world_size), plans_by_remat(config, world_size)
     return plan_json(config, found, by_remat) if chosen.json else plan_text(config, found, by_remat, name)
+
+
+def _check_config(name: str | None) -> None:
+    if name and Path(name, "config.json").is_file():
+        raise UsageError(f"--config {name} is a run directory; give its {Path(name, 'config.json')}.")
 
 
 def _check(chosen: argparse.Namespace) -> None:

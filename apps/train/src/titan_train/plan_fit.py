@@ -62,8 +62,9 @@ def fit(config: TrainConfig, world_size: int, memory_bytes: int) -> Fit:
         tried += here
         fitting += [candidate for candidate in here if candidate.plan.total <= memory_bytes][:1]
     if not tried:
+        ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
         raise PlanError(
-            f"No layout of this configuration is valid on {world_size} ranks, whatever tp, pp and recomputation. Of "
+            f"No layout of this configuration is valid on {ranks}, whatever tp, pp and recomputation. Of "
             f"the last one: {refused}"
         )
     smallest = min(tried, key=lambda candidate: candidate.plan.total)

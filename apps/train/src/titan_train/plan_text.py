@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from titan_core.ledger import Category
+from titan_core.planning.ledger import Category
 from titan_core.text import human, terminal_width, wrap
 from titan_train.config import TrainConfig
 from titan_train.plan import FRAGMENTATION, Plan
@@ -25,7 +25,8 @@ def plan_text(config: TrainConfig, found: Plan, by_remat: Mapping[str, Plan], na
     """A plan for a terminal."""
     rows = found.rows
     lines = [
-        f"{name} on {_ranks(found.world_size)}: {layout_name(found)}; {rows.micro_batches:,} micro-batches of "
+        f"{name} on {_count(found.world_size, 'rank', 'ranks')}: {layout_name(found)}; "
+        f"{_count(rows.micro_batches, 'micro-batch', 'micro-batches')} of "
         f"{rows.micro_batch_size} x {config.training.seq_len:,} tokens a step.",
         f"Pipeline rank {found.pipeline_rank} needs most; each of its ranks:"
         if found.degrees.pp > 1
@@ -60,7 +61,8 @@ def fit_text(found: Fit, name: str) -> str:
                 f"{_greatest(least.plan)}. More ranks, a smaller training.micro_batch_size or parallel.cp need less.",
             ]
         )
-    lines = [f"{len(found.fitting)} layouts of {name} fit into {given}; {ORDER_RULE}."]
+    fit = _count(len(found.fitting), "layout", "layouts")
+    lines = [f"{fit} of {name} {'fits' if len(found.fitting) == 1 else 'fit'} into {given}; {ORDER_RULE}."]
     lines.append(f"  {'layout':<52}{'recomputation':<15}{'total':>11}{'headroom':>12}")
     for candidate in found.fitting[:_SHOWN]:
         total = candidate.plan.total
@@ -150,8 +152,8 @@ def _greatest(found: Plan) -> str:
     return f"{kind} ({human(found.memory[kind])})"
 
 
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count:,} ranks"
+def _count(count: int, one: str, more: str) -> str:
+    return f"{count:,} {one if count == 1 else more}"
 
 
 def _wrapped(lines: list[str]) -> str:

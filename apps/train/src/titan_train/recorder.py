@@ -42,6 +42,7 @@ class Recorder:
         self._parts: list[tuple[str, nn.Parameter]] = []
         self._profiler = Profiler(self._directory, config.profiling, env.rank)
         self._reading: Reading | None = None
+        self._aside_seconds = 0.0
         chosen, together = config.spans, env.meshes is not None
         written = chosen.enabled and (not chosen.ranks or env.rank in chosen.ranks)
         self.spans = Spans(
@@ -150,7 +151,16 @@ class Recorder:
     @contextlib.contextmanager
     def aside(self, name: str, event: str, step: int) -> Iterator[None]:
         """Something beside training, which takes as long as it takes: a span and an event in the ledger."""
+        if self._env.device.type == "cuda":
+            torch.cuda.synchronize(self._env.device)  # what it still does is of the step before, and not aside
         started = time.perf_counter()
         with self._watchdog.paused() if self._watchdog is not None else contextlib.nullcontext(), self.spans.span(name):
             yield
-        self.record(event, step=step, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._aside_seconds += seconds
+        self.record(event, step=step, seconds=seconds)
+
+    def take_aside_seconds(self) -> float:
+        """How long this process did something beside training since the last call."""
+        seconds, self._aside_seconds = self._aside_seconds, 0.0
+        return seconds

@@ -3,8 +3,8 @@
     titan-compare RUN_A RUN_B                        # equal to the last bit?
     titan-compare RUN_A RUN_B --tolerance 1e-5       # or within a relative difference
 
-Compared is what a run computes: its `metrics.jsonl` without times, speeds and memory. Steps that only one run has
-logged are counted and left out.
+Compared is what a run computes: its `metrics.jsonl` without what depends on the layout and the machine, which are no
+part of the experiment (`depends_on_layout`). Steps that only one run has logged are counted and left out.
 """
 
 import argparse
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_metrics.jsonl import read_jsonl
+from titan_metrics.jsonl import DamagedFileError, read_jsonl
 
-_NOT_COMPUTED = {"time", "mfu", "tflops_per_device", "tokens_per_second", "tokens_per_second_per_device"}
-_NOT_COMPUTED |= {"step_seconds", "data_wait_share", "checkpoint_seconds"}
-_NOT_COMPUTED_GROUPS = ("time.", "memory.", "allocator.")
+_LAYOUT = {"mfu", "tflops_per_device", "tokens_per_second", "tokens_per_second_per_device", "data_wait_share"}
+_LAYOUT |= {"time", "loss_max"}  # the greatest mean loss of one rank's rows: which rows those are follows the layout
+_LAYOUT_GROUPS = ("time.", "memory.", "allocator.", "replica.")
+_SECONDS = "_seconds"
 
 
 class NothingToCompareError(RuntimeError):
@@ -63,6 +64,7 @@ def compare_runs(first: Path, second: Path, tolerance: float = 0.0) -> Compariso
 
     Raises:
         NothingToCompareError: if there is no step that both have logged.
+        DamagedFileError: if a line of one of them is not what a run logs.
     """
     one, other = _load(first), _load(second)
     common = sorted(one.keys() & other.keys())
@@ -117,14 +119,15 @@ def _load(run: Path) -> dict[int, dict[str, float | str]]:
     if not path.exists():
         raise NothingToCompareError(f"{path} does not exist; give the directory of a run that has logged a step.")
     return {
-        line["step"]: {
-            name: value
-            for name, value in line.items()
-            if name != "step" and name not in _NOT_COMPUTED and not name.startswith(_NOT_COMPUTED_GROUPS)
-        }
+        line["step"]: {name: value for name, value in line.items() if name != "step" and not depends_on_layout(name)}
         for line in read_jsonl(path)
         if "step" in line
     }
+
+
+def depends_on_layout(metric: str) -> bool:
+    """Whether two equal runs may differ in this metric: speeds, memory, `loss_max`, and whatever ends in `_seconds`."""
+    return metric in _LAYOUT or metric.startswith(_LAYOUT_GROUPS) or metric.endswith(_SECONDS)
 
 
 def describe(comparison: Comparison) -> str:
@@ -150,12 +153,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="titan-compare", description="The first step at which two runs differ.")
     parser.add_argument("first", type=Path, help="a run directory")
     parser.add_argument("second", type=Path, help="another")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="greatest relative difference that counts as none")
+    parser.add_argument(
+        "--tolerance", type=_tolerance, default=0.0, help="greatest relative difference that counts as none"
+    )
     given = parser.parse_args(arguments)
     try:
         comparison = compare_runs(given.first, given.second, given.tolerance)
-    except NothingToCompareError as error:
+    except (NothingToCompareError, DamagedFileError) as error:
         sys.stderr.write(f"titan-compare: {error}\n")
         return 2
     sys.stdout.write(describe(comparison) + "\n")
     return 0 if comparison.divergence is None else 1
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no tolerance; give a number from 0 up, such as 1e-5")
+    return value

@@ -27,8 +27,9 @@ class MetricsConfig:
     wandb_project: str = "titan"
     """The Weights & Biases project that the run belongs to."""
 
-    wandb_mode: Literal["online", "offline"] = "online"
-    """`offline` writes the W&B run below the run directory and sends nothing; `wandb sync` sends it later."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """`offline` writes the W&B run below the run directory and sends nothing; `wandb sync` sends it later. None: as
+    WANDB_MODE in the environment says, else online."""
 
     peak_tflops: float | None = None
     """The device's dense peak in TFLOP/s, the denominator of MFU. None looks it up by the device's name; an

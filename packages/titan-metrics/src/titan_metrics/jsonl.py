@@ -19,6 +19,10 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
+class DamagedFileError(RuntimeError):
+    """A line of a file is not what its writer wrote; the message names both."""
+
+
 class JsonlSink:
     """Appends each logged step to a file as one line of JSON, `step` first, floats with all their digits.
 
@@ -46,17 +50,60 @@ class JsonlSink:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that may be in the middle of being written: what is no whole line is left out."""
+    """The objects of a file that may be in the middle of being written; none if there is no file.
+
+    A line that a killed process has left unfinished is left out: the last one, or one before that with which the next
+    process begins.
+
+    Raises:
+        DamagedFileError: if another line is no JSON object.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and line.endswith(b"\n"):
-                yield record
+        yield from whole_lines(file, path)
+
+
+def whole_lines(lines: Iterable[bytes], path: Path, number: int = 0) -> Iterator[dict[str, Any]]:
+    """As `read_jsonl`, the objects in `lines`, which follow line `number` of the file at `path`."""
+    unfinished: DamagedFileError | None = None
+    for line in lines:
+        if not line.endswith(b"\n"):
+            return
+        number += 1
+        try:
+            record = parse_line(line, path, number)
+        except DamagedFileError as error:
+            unfinished = unfinished or error
+            continue
+        if unfinished is not None and not _begins_a_process(record):
+            raise unfinished
+        unfinished = None
+        yield record
+
+
+def parse_line(line: bytes, path: Path, number: int | None) -> dict[str, Any]:
+    """The object in one line of the file at `path`; `number` counts from 1, None if it is not known.
+
+    Raises:
+        DamagedFileError: if it is no JSON object.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if isinstance(record, dict):
+        return record
+    where = f"line {number}" if number is not None else "a line near its end"
+    begin = line[:60].decode(errors="replace").strip()
+    raise DamagedFileError(
+        f"{path}, {where}, is not a JSON object: it begins {begin!r}. The file is damaged, or another program has "
+        "written to it; remove that line, or move the file away."
+    )
+
+
+def _begins_a_process(record: Mapping[str, Any]) -> bool:
+    return "start" in record or record.get("event") == "start"
 
 
 def resume_jsonl(path: Path, step: int) -> int:

@@ -26,8 +26,8 @@ class Meter:
     """Tokens per second, TFLOP/s and MFU between one reading and the next.
 
     The first window opens when the meter is made, each later one where the last was read, and everything that
-    happens in a window counts: the first step's warm-up and compilation, validation, saving a checkpoint. Nothing
-    is left out silently; call `restart` to open a new window where something should not count.
+    happens in a window counts, the first step's warm-up and compilation for example, but what is said to `leave_out`:
+    validation or saving a checkpoint, which are no steps. `restart` opens a new window.
 
     Args:
         flops_per_token: FLOPs of one token's forward and backward pass; None leaves TFLOP/s and MFU out.
@@ -62,6 +62,14 @@ class Meter:
         self._tokens = 0
         self._flops = 0.0
         self._data_wait_seconds = 0.0
+        self._left_out_seconds = 0.0
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes so much time, in which nothing was done for a step, out of this window.
+
+        A device must not have worked on steps in it: wait for the device before you begin to measure.
+        """
+        self._left_out_seconds += seconds
 
     def add(self, *, tokens: int, data_wait_seconds: float = 0.0, flops: float | None = None) -> None:
         """Counts one step: the tokens of its *global* batch, and how long this process waited for data.
@@ -82,7 +90,7 @@ class Meter:
             step was added or no time has passed; the window then stays open.
         """
         now = self._clock()
-        seconds = now - self._opened
+        seconds = now - self._opened - self._left_out_seconds
         if self._steps == 0 or seconds <= 0:
             return {}
         per_device = self._tokens / seconds / self._devices

@@ -24,7 +24,8 @@ class NoAllocatorError(RuntimeError):
 class Profiler:
     """Runs torch.profiler for some steps of a rank, as the configuration says.
 
-    Call `begin_step` and `end_step` around every step; outside a profile each costs a comparison or two.
+    Call `begin_step` and `end_step` around every step; outside a profile each costs a comparison or two. A profile that
+    the end of the run cuts short is written with the steps it has; one that was never begun is told of.
     """
 
     def __init__(self, run_directory: Path, config: ProfilingConfig, rank: int = 0) -> None:
@@ -32,10 +33,13 @@ class Profiler:
         self._config, self._rank = config, rank
         self._chosen = config.profile_at > 0 and (not config.profile_ranks or rank in config.profile_ranks)
         self._running: profile | None = None
+        self._begun = False
         self._last = 0
+        self._step = 0
 
     def begin_step(self, step: int) -> None:
         """Starts a profile if one is due at `step`."""
+        self._step = step
         if not self._chosen or self._running is not None or not self._is_due(step):
             return
         from torch.profiler import profile  # half a second
@@ -43,14 +47,29 @@ class Profiler:
         self._running = profile(
             record_shapes=True, profile_memory=False, with_stack=self._config.profile_stacks, acc_events=True
         )
+        self._begun = True
         self._last = step + self._config.profile_steps - 1
         self._running.start()
 
     def end_step(self, step: int) -> None:
         """Ends the profile if this is its last step, and writes it; a failure to write is a warning."""
-        if self._running is None or step < self._last:
-            return
-        running, self._running = self._running, None
+        if self._running is not None and step >= self._last:
+            self._write(self._running, step)
+
+    def close(self) -> None:
+        """Ends and writes a profile that the run has left unfinished; warns if none was begun at all."""
+        if self._running is not None:
+            self._write(self._running, self._step)
+        elif self._chosen and not self._begun:
+            _log.warning(
+                "Rank %d has made no profile: profiling.profile_at is step %d, and the last step of this start was %d.",
+                self._rank,
+                self._config.profile_at,
+                self._step,
+            )
+
+    def _write(self, running: "profile", step: int) -> None:
+        self._running = None
         running.stop()
         path = self._dumps / f"profile-rank-{self._rank}-step-{step}.json.gz"
         try:
@@ -58,12 +77,6 @@ class Profiler:
             running.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
             _log.warning("The profile of rank %d was not written: %s", self._rank, error)
-
-    def close(self) -> None:
-        """Ends a profile that a run has left unfinished, without writing it."""
-        if self._running is not None:
-            self._running.stop()
-            self._running = None
 
     def _is_due(self, step: int) -> bool:
         since, every = step - self._config.profile_at, self._config.profile_every

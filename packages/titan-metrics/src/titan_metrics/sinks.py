@@ -90,8 +90,8 @@ def build_sinks(
 ) -> Sinks:
     """Opens the sinks that `config` asks for, `metrics.jsonl` always among them.
 
-    A sink that cannot be opened is an error when a run starts, since somebody is there to mend it, and a warning when
-    one is resumed, since then perhaps nobody is.
+    A sink that cannot be opened costs one warning; one whose library is not installed is an error, which is known to
+    come before any work is done.
 
     Args:
         config: which sinks.
@@ -131,15 +131,16 @@ def build_sinks(
             try:
                 opened[name] = make()
             except Exception as error:
-                if resume_step is None or isinstance(error, MissingExtraError):
+                if isinstance(error, MissingExtraError):
                     raise
-                _log.warning("The resumed run goes on without %s metrics: %s", name, _describe(error))
+                _log.warning("The run goes on without %s metrics: %s", name, _describe(error))
             else:
                 undo.callback(opened[name].close)
         undo.pop_all()
-    wandb_sink = opened.get("wandb")
-    ids = {"wandb": wandb_sink.run_id} if isinstance(wandb_sink, WandbSink) else {}
-    return Sinks(opened, {**(tracker_ids or {}), **ids})
+    ids = dict(tracker_ids or {})
+    if isinstance(wandb_sink := opened.get("wandb"), WandbSink) and wandb_sink.run_id is not None:
+        ids["wandb"] = wandb_sink.run_id
+    return Sinks(opened, ids)
 
 
 def _open_jsonl(run_directory: Path, resume_step: int | None) -> JsonlSink:

@@ -42,6 +42,8 @@ _Row = tuple[str, int | None, float, float, int, dict[str, object] | None]
 class Spans:
     """Times the phases of this process's steps and, if it has a `path`, writes each of them down.
 
+    A file that cannot be opened or written costs one warning, and never the run.
+
     Args:
         path: the rank's file; its folder is made if missing. None: only the sums for `read`.
         rank: of this process.
@@ -83,10 +85,14 @@ class Spans:
             "world_size": world_size,
             "clock_offset": clock_offset,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open_jsonl(path)
-        self._file.write(json.dumps(header) + "\n")
-        self._file.flush()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open_jsonl(path)
+            self._file.write(json.dumps(header) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._give_up(f"Spans are not written in this run: {error}")
+            return
         self._flusher = threading.Thread(target=self._keep_flushing, args=(flush_seconds,), name="spans", daemon=True)
         self._flusher.start()
 
@@ -147,10 +153,7 @@ class Spans:
                 self._file.write("".join(lines))
                 self._file.flush()
             except (OSError, ValueError) as error:
-                _log.warning("Spans are no longer written in this run: %s: %s", type(error).__name__, error)
-                with contextlib.suppress(OSError):
-                    self._file.close()
-                self._file = None
+                self._give_up(f"Spans are no longer written in this run: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Writes what is left and closes the file; spans may still be opened, and are only added up."""
@@ -162,6 +165,13 @@ class Spans:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+    def _give_up(self, why: str) -> None:
+        _log.warning(why)
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _keep_flushing(self, every: float) -> None:
         while not self._closed.wait(every):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_metrics.jsonl import read_jsonl
+from titan_metrics.jsonl import DamagedFileError, read_jsonl
 from titan_metrics.stragglers import Phase, find_stragglers, summary
 
 
@@ -33,6 +33,8 @@ class Process:
     """The system's number of the process."""
     start: float
     """Seconds since the Unix epoch, on the clock of rank 0."""
+    world_size: int
+    """How many ranks were started together."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def read_spans(run: Path, steps: range | None = None) -> Iterator[RecordedSpan]:
 
     Raises:
         SpansError: if there are none, or a line is none.
+        DamagedFileError: if a line is no JSON object.
     """
     files = sorted((run / "spans").glob("rank-*.jsonl"))
     if not files:
@@ -93,7 +96,8 @@ def recorded_spans(lines: Iterable[Mapping[str, Any]], path: Path) -> Iterator[R
 
 
 def _process(line: Mapping[str, Any]) -> Process:
-    return Process(line["rank"], line["host"], line["process"], line["start"] - (line.get("clock_offset") or 0.0))
+    start = line["start"] - (line.get("clock_offset") or 0.0)
+    return Process(line["rank"], line["host"], line["process"], start, line["world_size"])
 
 
 def _span(process: Process, line: Mapping[str, Any]) -> RecordedSpan:
@@ -106,6 +110,23 @@ def _span(process: Process, line: Mapping[str, Any]) -> RecordedSpan:
         depth=line["depth"],
         attributes={key: value for key, value in line.items() if key not in _OWN},
     )
+
+
+def current(spans: Iterable[RecordedSpan]) -> list[RecordedSpan]:
+    """Those that say how the run goes now: of ranks that the newest start has, and of a step its last time.
+
+    A run that goes on with fewer ranks leaves the files of the others behind, and may do some of their steps again.
+    """
+    spans = list(spans)
+    ranks = newest_world_size(spans)
+    last = {(span.process.rank, span.step): span.process for span in spans}
+    return [span for span in spans if span.process.rank < ranks and span.process == last[span.process.rank, span.step]]
+
+
+def newest_world_size(spans: Iterable[RecordedSpan]) -> int:
+    """How many ranks the newest of the starts that these spans are from has; 0 if there are no spans."""
+    starts = ((span.process.start, span.process.world_size) for span in spans)
+    return max(starts, default=(0.0, 0))[1]
 
 
 def chrome_trace(spans: Iterable[RecordedSpan]) -> dict[str, Any]:
@@ -173,13 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output: Path = given.output or given.run / "trace.json"
     try:
         spans = list(read_spans(given.run, steps))
+        if not spans and steps:
+            raise SpansError(f"{given.run} has spans, but none of steps {steps[0]} to {steps[-1]}; name others.")
         output.write_text(json.dumps(chrome_trace(spans)))
-    except SpansError as error:
+    except (SpansError, DamagedFileError) as error:
         sys.stderr.write(f"titan-trace: {error}\n")
         return 1
     except OSError as error:
         sys.stderr.write(f"titan-trace: Cannot write {output}: {error.strerror}. Name another file with --output.\n")
         return 1
     sys.stdout.write(f"{len(spans):,} spans in {output}; open it in https://ui.perfetto.dev.\n")
-    sys.stdout.write(summary(find_stragglers(phases(spans), share=given.threshold)) + "\n")
+    sys.stdout.write(summary(find_stragglers(phases(current(spans)), share=given.threshold)) + "\n")
     return 0

@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from titan_metrics.collectives import find_stuck, read_records, write_record
 from titan_metrics.config import WatchdogConfig
@@ -43,6 +43,8 @@ _REPORT_SECONDS = 30.0  # that a report may take, on a file system which may be 
 
 class Watchdog:
     """Watches the steps of this process from the end of the first one to `close`.
+
+    Folders that cannot be written to cost one warning; stacks that a signal asks for then go to standard error.
 
     Args:
         run_directory: has `dumps` and `heartbeats`; all ranks must see it.
@@ -66,12 +68,13 @@ class Watchdog:
         self._config, self._rank, self._world_size = config, rank, world_size
         self._phases, self._before_exit = phases, before_exit
         self._dumps, self._beats = run_directory / "dumps", run_directory / "heartbeats"
-        for folder in (self._dumps, self._beats):
-            folder.mkdir(parents=True, exist_ok=True)
+        self._stacks_file = self._dumps / f"stacks-rank-{rank}.txt"
         self._step = 0
         self._last: float | None = None  # when a step ended, or something else that counts
         self._dumped = self._warned = False
-        self._stacks = (self._dumps / f"stacks-rank-{rank}.txt").open("a")
+        self._stacks: IO[str] = sys.__stderr__ or sys.stderr
+        self._attempt(lambda: self._beats.mkdir(parents=True, exist_ok=True))
+        self._attempt(self._open_stacks)
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         self._closed = threading.Event()
         # What is off never comes.
@@ -112,16 +115,23 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGUSR2)
-        self._stacks.close()
-        path = Path(self._stacks.name)
-        if path.exists() and path.stat().st_size == 0:
-            path.unlink()
-        remove_heartbeat(self._beats, self._rank)
+        if self._stacks is not sys.__stderr__:
+            self._stacks.close()
+        self._attempt(self._tidy_up)
 
     def _watch(self) -> None:
         while not self._closed.wait(self._every):
             self._attempt(lambda: write_heartbeat(self._beats, self._rank, self._step))
             self._look()
+
+    def _open_stacks(self) -> None:
+        self._dumps.mkdir(parents=True, exist_ok=True)
+        self._stacks = self._stacks_file.open("a")
+
+    def _tidy_up(self) -> None:
+        if self._stacks_file.exists() and self._stacks_file.stat().st_size == 0:
+            self._stacks_file.unlink()
+        remove_heartbeat(self._beats, self._rank)
 
     def _attempt(self, write: Callable[[], None]) -> None:
         """Writes if it can: a full disk must not end the watch."""

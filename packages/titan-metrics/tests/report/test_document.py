@@ -38,6 +38,21 @@ def test_a_section_without_data_says_so(bare_run):
     assert parts["section/files"].count("missing") == 5
 
 
+def test_steps_that_were_not_recorded_are_not_taken_for_missing_spans(make_run, bare_run):
+    found = page(build(open_runs([make_run()], (900, 910))))
+    assert "there is none that all ranks have finished" in found
+    assert "there is no spans/rank-N.jsonl" not in found
+    assert "there is no spans/rank-N.jsonl" in page(build(open_runs([bare_run])))
+
+
+def test_a_damaged_environment_costs_its_section_only(make_run):
+    run = make_run()
+    (run / "environment.json").write_text("")
+    found = page(build(open_runs([run])))
+    assert "there is no environment.json that can be read" in found
+    assert "damaged <small>no environment</small>" in found
+
+
 def test_what_files_hold_cannot_break_the_page(bare_run):
     bad = "</script><script>alert(1)</script>"
     (bare_run / "config.json").write_text(json.dumps({bad: bad}))

@@ -41,6 +41,18 @@ def test_a_run_with_little_in_it_says_what_is_missing(bare_run):
     assert run.seconds is None
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_a_damaged_environment_is_left_out(make_run, content):
+    folder = make_run()
+    (folder / "environment.json").write_text(content)
+    run = Run(folder, "a")
+    assert run.environment is None
+    assert (run.missing, run.damaged) == ([], ["environment.json"])
+    (folder / "environment.json").write_text("{}")
+    run.refresh()
+    assert (run.environment, run.damaged) == ({}, [])
+
+
 def test_a_run_is_followed_while_it_grows_and_when_it_goes_back(tmp_path):
     write_metrics(tmp_path, range(1, 11))
     run = Run(tmp_path, "a")

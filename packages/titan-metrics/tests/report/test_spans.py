@@ -61,6 +61,24 @@ def test_of_a_step_that_was_done_again_the_last_time_counts(tmp_path):
     assert spans.step_seconds(3) < 10
 
 
+def test_ranks_that_the_newest_start_does_not_have_do_not_count(tmp_path):
+    write_spans(tmp_path, ranks=2, steps=range(1, 12), slow=1)
+    write_spans(tmp_path, ranks=1, steps=range(10, 61))
+    spans = RunSpans.read(tmp_path / "spans", None)
+    assert (list(spans.by_rank), spans.steps, spans.stragglers) == ([0], list(range(37, 61)), [])
+    assert RunSpans.read(tmp_path / "spans", (55, 60)).steps == list(range(55, 61))
+    before = RunSpans.read(tmp_path / "spans", (3, 5))  # both did them then
+    assert (list(before.by_rank), before.steps) == ([0, 1], [3, 4, 5])
+    assert before.stragglers[0].rank == 1
+
+
+def test_a_rank_of_the_newest_start_that_has_no_step_yet_is_waited_for(tmp_path):
+    write_spans(tmp_path, ranks=2, steps=[1, 2])
+    lines = (tmp_path / "spans/rank-1.jsonl").read_text().splitlines()
+    (tmp_path / "spans/rank-1.jsonl").write_text(lines[0] + "\n")
+    assert RunSpans.read(tmp_path / "spans", None).steps == []
+
+
 def test_clocks_are_laid_on_that_of_rank_0(tmp_path):
     write_spans(tmp_path, ranks=2, steps=[1])
     path = tmp_path / "spans/rank-1.jsonl"
@@ -83,7 +101,9 @@ def test_no_folder_is_no_spans(tmp_path):
 
 
 def test_what_is_no_file_of_spans_is_an_error(tmp_path):
-    (tmp_path / "rank-0.jsonl").write_text('{"start": 1.0, "rank": 0, "host": "a", "process": 1}\n{"name": "x"}\n')
+    (tmp_path / "rank-0.jsonl").write_text(
+        '{"start": 1.0, "rank": 0, "host": "a", "process": 1, "world_size": 1}\n{"name": "x"}\n'
+    )
     with pytest.raises(ReportError, match=r"rank-0\.jsonl has a line that is no span \('step'\)"):
         RunSpans.read(tmp_path, None)
     (tmp_path / "rank-0.jsonl").rename(tmp_path / "rank-x.jsonl")

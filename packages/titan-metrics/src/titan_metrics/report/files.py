@@ -5,9 +5,11 @@ is one with which a restarted process begins. Anything else that is not a JSON o
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from titan_metrics.jsonl import DamagedFileError, whole_lines
 
 
 class ReportError(RuntimeError):
@@ -89,44 +91,21 @@ class JsonLines:
         except OSError as error:
             raise unreadable(self.path, error) from error
 
-    def _objects(self, lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
-        unfinished: ReportError | None = None
+    def _objects(self, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+        try:
+            yield from whole_lines(self._counted(file), self.path, self._line)
+        except DamagedFileError as error:
+            self._identity = _DAMAGED
+            raise damaged(error) from error
+
+    def _counted(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         for line in lines:
-            if not line.endswith(b"\n"):  # still being written, or torn: read when there is more
-                return
-            self._offset += len(line)
-            self._line += 1
-            try:
-                value = parse_line(line, self.path, self._line)
-            except ReportError as error:
-                unfinished = error
-                continue
-            if unfinished is not None and not _begins_a_process(value):
-                self._identity = _DAMAGED
-                raise unfinished
-            unfinished = None
-            yield value
+            if line.endswith(b"\n"):  # else it is still being written, or torn: read when there is more
+                self._offset += len(line)
+                self._line += 1
+            yield line
 
 
-def parse_line(line: bytes, path: Path, number: int | None) -> dict[str, Any]:
-    """The object in one line of the JSONL file at `path`; `number` counts from 1, None if it is not known.
-
-    Raises:
-        ReportError: if it is no JSON object.
-    """
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        return value
-    where = f"line {number}" if number is not None else "a line near its end"
-    start = line[:60].decode(errors="replace").strip()
-    raise ReportError(
-        f"{path}, {where}, is not a JSON object: it begins {start!r}. The file is damaged, or another program "
-        "has written to it; remove that line, or move the file away: the page then says that it is missing."
-    )
-
-
-def _begins_a_process(value: dict[str, Any]) -> bool:
-    return "start" in value or value.get("event") == "start"
+def damaged(error: DamagedFileError) -> ReportError:
+    """The error to raise for a file with a damaged line."""
+    return ReportError(f"{error} The page then says that it is missing.")

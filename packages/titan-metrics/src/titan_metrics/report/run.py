@@ -96,10 +96,19 @@ class Run:
             _check_event(event, self._ledger.path)
             self.events.append(event)
         self.config = read_object(self.directory / "config.json")
-        self.environment = read_object(self.directory / "environment.json")
+        self.environment = self._environment()
         self.status = read_object(self.directory / "status.json")
         self.spans = RunSpans.read(self.directory / "spans", self._window)
         self.missing = [name for name in EXPECTED if not (self.directory / name).exists()]
+
+    def _environment(self) -> dict[str, Any] | None:
+        """None also if it is damaged: the rest of the page says enough without it."""
+        self.damaged = []
+        try:
+            return read_object(self.directory / "environment.json")
+        except ReportError:
+            self.damaged.append("environment.json")
+            return None
 
     def stamp(self) -> list[tuple[str, int, int]]:
         """What changes when any of the run's files does: name, size, and time of the last change."""

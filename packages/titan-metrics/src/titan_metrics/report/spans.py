@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-from titan_metrics.report.files import JsonLines, ReportError, parse_line, unreadable
+from titan_metrics.jsonl import DamagedFileError, parse_line
+from titan_metrics.report.files import JsonLines, ReportError, damaged, unreadable
 from titan_metrics.stragglers import Phase, Straggler, find_stragglers
-from titan_metrics.trace import RecordedSpan, SpansError, phases, recorded_spans
+from titan_metrics.trace import RecordedSpan, SpansError, current, newest_world_size, phases, recorded_spans
 
 _READ_BYTES = 64 << 20  # of all ranks together
 _RANK_BYTES = (256 << 10, 4 << 20)  # of one rank at least and at most, if its steps are long
@@ -24,9 +25,14 @@ _START = b'{"start"'
 
 
 class RunSpans:
-    """Spans by rank, of the steps that every rank has; those of other threads than the training one are left out."""
+    """Spans by rank, of the steps that every rank has; those of other threads than the training one are left out.
 
-    def __init__(self, by_rank: dict[int, list[RecordedSpan]]) -> None:
+    A rank counts if the newest start has it: what ranks did that are gone is shown if only their steps are asked for.
+    """
+
+    def __init__(self, by_rank: dict[int, list[RecordedSpan]], *, recorded: bool) -> None:
+        self.recorded = recorded
+        """Whether there is a rank's file, of whatever steps."""
         steps = [{span.step for span in spans if span.step is not None} for spans in by_rank.values()]
         self.steps = sorted(set.intersection(*steps)) if steps else []
         shared = set(self.steps)
@@ -45,16 +51,19 @@ class RunSpans:
         """
         files = {path: path.stem.removeprefix("rank-") for path in folder.glob("rank-*.jsonl")}
         limit = min(max(_READ_BYTES // max(len(files), 1), _RANK_BYTES[0]), _RANK_BYTES[1])
-        by_rank = {}
+        spans: list[RecordedSpan] = []
         for path, rank in files.items():
             if not rank.isdigit():
                 raise ReportError(
                     f"{path} is not named rank-N.jsonl; move it out of {folder}, or name it for its rank."
                 )
-            spans = _latest(path, limit) if window is None else _of_window(path, window)
-            by_rank[int(rank)] = _last_done(spans)
-        found = cls(by_rank)
-        return found if window is not None else cls(found.only(found.steps[-_LATEST_STEPS:]))
+            spans += _latest(path, limit) if window is None else _of_window(path, window)
+        ranks = range(newest_world_size(spans))
+        by_rank: dict[int, list[RecordedSpan]] = {int(rank): [] for rank in files.values() if int(rank) in ranks}
+        for span in current(spans):
+            by_rank[span.process.rank].append(span)
+        found = cls(by_rank, recorded=bool(files))
+        return found if window is not None else cls(found.only(found.steps[-_LATEST_STEPS:]), recorded=bool(files))
 
     def only(self, steps: list[int]) -> dict[int, list[RecordedSpan]]:
         """The spans of these steps, by rank."""
@@ -95,12 +104,6 @@ def _latest(path: Path, limit: int) -> list[RecordedSpan]:
         size *= 4
 
 
-def _last_done(spans: list[RecordedSpan]) -> list[RecordedSpan]:
-    """Of a step that a restarted process has done again, only what that process did."""
-    by = {span.step: span.process for span in spans}
-    return [span for span in spans if span.process == by[span.step]]
-
-
 def _recorded(records: Iterator[dict[str, Any]], path: Path) -> Iterator[RecordedSpan]:
     try:
         yield from (span for span in recorded_spans(records, path) if "thread" not in span.attributes)
@@ -123,13 +126,15 @@ def _end_of(path: Path, limit: int) -> Iterator[dict[str, Any]]:
             for line in file:
                 try:
                     value = parse_line(line, path, None)
-                except ReportError as error:  # the last line, or one that a killed process has left
+                except DamagedFileError as error:  # the last line, or one that a killed process has left
                     torn = error
                     continue
                 if torn is not None and "start" not in value:
                     raise torn
                 torn = None
                 yield value
+    except DamagedFileError as error:
+        raise damaged(error) from error
     except OSError as error:
         raise unreadable(path, error) from error
 
