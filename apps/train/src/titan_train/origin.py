@@ -66,9 +66,7 @@ def _origin(place: Place) -> Origin:
         raise OriginError("this is a file; name the folder that it is in.")
     names = place.files()
     if not names:
-        raise OriginError(
-            "there is nothing; name the folder or URL of a run, a checkpoint or a Hugging Face model."
-        )
+        raise OriginError("there is nothing; name the folder or URL of a run, a checkpoint or a Hugging Face model.")
     if MANIFEST_NAME in names:
         return _of_checkpoint(place)
     if hugging_face.CONFIG_FILE in names and any("/" not in name and name.endswith(".safetensors") for name in names):
