@@ -497,11 +497,14 @@ def test_a_lost_config_json_is_found_in_the_checkpoint(tiny, tmp_path):
     assert len(curve(metrics(tmp_path / "run"))) == 3
 
 
-def test_a_file_of_the_run_that_is_a_folder_is_a_clear_error(tiny, tmp_path):
+def test_a_file_of_the_run_that_is_a_folder_costs_a_warning(tiny, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     path = tmp_path / "config.json"
-    path.write_text(to_json(change(tiny, output=str(tmp_path / "run"))))
-    assert "metrics.jsonl" in refused(titan_train("--config", path))
+    path.write_text(to_json(change(tiny, output=str(tmp_path / "run"), **{"training.steps": 2})))
+    result = titan_train("--config", path)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step-2").exists()
 
 
 def test_a_checkpoint_that_no_run_wrote_is_refused(tiny, tmp_path):

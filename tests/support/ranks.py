@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 
 torch.set_num_threads(1)
+# The first threads of a child that touch torch's pool would race to replace the one that the fork has left broken.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 _GRACE_SECONDS = 8.0  # how long the other ranks may live once one has failed: enough to write a traceback
 
