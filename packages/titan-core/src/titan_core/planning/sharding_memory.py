@@ -64,10 +64,6 @@ class Sharding:
         self._reduced: set[int] = set()
         self._partial: set[int] = set()
 
-    def is_gathered(self, groups: tuple[Group, ...]) -> bool:
-        """Whether the parameters are whole on this rank."""
-        return all(id(group) in self._gathered for group in groups)
-
     def adds_gradients(self, groups: tuple[Group, ...]) -> bool:
         """Whether autograd adds new gradients to whole ones."""
         return self._policy.param == self._policy.reduce and self.has_whole(groups)
