@@ -7,7 +7,7 @@ import pytest
 
 # Whatever a rank imports after the fork, each would import for itself.
 import ranks  # noqa: F401  (sets one thread before any operation, so that ranks may be forked)
-import runs
+import training_runs
 from s3 import s3_server  # noqa: F401  (a fixture)
 
 
@@ -31,4 +31,4 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def tiny(corpus):
     """A run of 20 steps that takes a second."""
-    return runs.change(runs.TINY, **{"data.source": str(corpus)})
+    return training_runs.change(training_runs.TINY, **{"data.source": str(corpus)})

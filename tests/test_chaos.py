@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from ranks import run_ranks
-from runs import change, curve, layout, metrics, samples, train
 from titan_ckpt.checkpointer import Checkpointer
 from titan_train import cli, trainer
 from titan_train.config_file import to_json
 from titan_train.interrupt import Interrupt
+from training_runs import change, curve, layout, metrics, samples, train
 
 EVERY = 3
 KINDS = {

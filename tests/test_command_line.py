@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from ranks import RankFailure, run_ranks
-from runs import change, curve, layout, metrics, titan_train, train
 from titan_ckpt.checkpointer import Checkpointer
 from titan_train import cli, trainer
 from titan_train.config_file import to_json
 from titan_train.interrupt import Interrupt
 from titan_train.run_directory import RunDirectory
+from training_runs import change, curve, layout, metrics, titan_train, train
 
 TINY_FLAGS = [
     "--model.vocab-size=300",

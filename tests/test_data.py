@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from runs import TINY, change, curve, layout, metrics, samples, titan_train, train
 from titan_data.mixture_config import MixtureConfig, WeightChange
 from titan_data.sft_config import SFTConfig
 from titan_data.stream_config import StreamConfig
 from titan_train.config import DataSection, TrainConfig
 from titan_train.config_file import to_json
+from training_runs import TINY, change, curve, layout, metrics, samples, titan_train, train
 
 POEM = "Whose woods these are I think I know. His house is in the village though. "
 OTHER = "He will not see me stopping here to watch his woods fill up with snow. "

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from ranks import run_ranks
-from runs import TINY, change, layout
 from titan_ckpt.location import place_of
 from titan_metrics.probes.links import OPERATIONS
 from titan_metrics.probes.outliers import Outlier, Reading
@@ -23,6 +22,7 @@ from titan_train import doctor, doctor_cli
 from titan_train.doctor import Findings, ProbeError, checkpoint_folder, examine
 from titan_train.doctor_options import Options
 from titan_train.doctor_text import as_text
+from training_runs import TINY, change, layout
 
 README = Path(__file__).parents[1] / "apps" / "train" / "README.md"
 QUICK = Options(megabytes=1, repetitions=2)

@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from runs import TINY, change, layout, titan_train
 from titan_core.planning.memory_use import MemoryUse
 from titan_core.text import human
 from titan_models.facts import parameter_count
 from titan_train.dry_run import DryRun, dry_run, dry_run_text
 from titan_train.forked import ProcessError
+from training_runs import TINY, change, layout, titan_train
 
 PROGRESS = r".+: \d+ of \d+ done after \d+ s\n"  # on a busy machine
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from runs import change, curve, metrics, samples, train
 from titan_train.config_file import to_json
+from training_runs import change, curve, metrics, samples, train
 
 STEPS, EVERY = 30, 3
 

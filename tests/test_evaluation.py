@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runs import change, curve, metrics, titan_train, train
 from titan_train.config_file import to_json
 from titan_train.evaluation import EvaluationError, last_numbers
+from training_runs import change, curve, metrics, titan_train, train
 
 ROOT = Path(__file__).parents[1]
 

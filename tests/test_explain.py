@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from runs import TINY, change, layout, titan_train
 from titan_models.config import MoEConfig
 from titan_train.explain import explain, explanation_text
+from training_runs import TINY, change, layout, titan_train
 
 TINY_FLAGS = """
     --model.vocab-size 300 --model.dim 32 --model.layers 4 --model.heads 4 --model.kv-heads 2 --model.head-dim 8

@@ -9,11 +9,11 @@ import torch
 import transformers
 
 from ranks import run_ranks
-from runs import TINY, change, layout, train
 from titan_data.bpe import train_bpe
 from titan_data.tokenizer_files import load_tokenizer
 from titan_train import generate_cli
 from titan_train.generate import generate_text
+from training_runs import TINY, change, layout, train
 
 PROMPTS = ["Whose woods these are", "x", "I think I know. His house is in the village"]
 SHAPE = {

@@ -16,8 +16,8 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from runs import metrics
 from titan_train.cli import run as titan_train
+from training_runs import metrics
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from ranks import run_ranks
-from runs import BF16, FLOAT64, change, curve, layout, samples, train
 from titan_core.optim import ModelState
 from titan_data.dataset import open_dataset
 from titan_models.config import MoEConfig
 from titan_train.environment import environment
 from titan_train.recorder import Recorder
 from titan_train.trainer import Trainer
+from training_runs import BF16, FLOAT64, change, curve, layout, samples, train
 
 LAYOUTS = {
     "dp_shard 2": (2, layout(dp_shard=2)),

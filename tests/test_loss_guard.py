@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ranks import RankFailure, run_ranks
-from runs import FLOAT64, TINY, change, curve, layout, metrics, samples, train
 from titan_core.config import OptimizerConfig
 from titan_train import trainer
 from titan_train.config import CheckpointSection
@@ -15,6 +14,7 @@ from titan_train.guard import DivergedError
 from titan_train.hooks import Hook
 from titan_train.interrupt import Interrupt
 from titan_train.validate import problems
+from training_runs import FLOAT64, TINY, change, curve, layout, metrics, samples, train
 
 
 class Poison(Hook):

@@ -11,13 +11,13 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from runs import FLOAT64, TINY, change, curve, layout, metrics, titan_train, train
 from titan_models.config import MoEConfig
 from titan_models.families.qwen3 import Qwen3Config
 from titan_quant.config import LoRAConfig, QuantConfig
 from titan_train.config import TrainConfig
 from titan_train.config_file import to_json
 from titan_train.explain import explain
+from training_runs import FLOAT64, TINY, change, curve, layout, metrics, titan_train, train
 
 RECIPES = ("float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp", "mxfp8", "nvfp4")
 STEPS = {"training.steps": 3, "schedule.total_steps": 3}

@@ -3,12 +3,12 @@
 import pytest
 
 from ranks import run_ranks
-from runs import FLOAT64, TINY, change, curve, layout, train
 from titan_core.compat import trusted_pipeline_shapes
 from titan_train.environment import environment
 from titan_train.forked import in_processes
 from titan_train.rehearsal import measured_step, rehearsable, rehearse
 from titan_train.resume import ResumeError
+from training_runs import FLOAT64, TINY, change, curve, layout, train
 
 STEPS = 3  # before the change, and as many after it
 

@@ -10,7 +10,6 @@ import time
 import pytest
 
 from ranks import run_ranks
-from runs import BF16, TINY, change, layout
 from titan_core.compat import trusted_pipeline_shapes
 from titan_core.config import ParallelConfig, RematConfig
 from titan_core.degrees import resolve_degrees
@@ -22,6 +21,7 @@ from titan_train.plan import plan, plans_by_remat
 from titan_train.plan_fit import fit
 from titan_train.rehearsal import measured_step, rehearsable, rehearse_all
 from titan_train.validate import validate
+from training_runs import BF16, TINY, change, layout
 
 # Large enough that what is counted is not lost among scalars.
 SMALL = change(

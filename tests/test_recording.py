@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from ranks import run_ranks
-from runs import change, curve, layout, metrics, titan_train, train
 from titan_core.shards import local
 from titan_metrics.goodput import goodput
 from titan_metrics.nonfinite import NonFiniteError
@@ -20,6 +19,7 @@ from titan_train.config_file import to_json
 from titan_train.hooks import Hook, Step
 from titan_train.interrupt import Interrupt
 from titan_train.validation import Validate
+from training_runs import change, curve, layout, metrics, titan_train, train
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from ranks import run_ranks
-from runs import BF16, TINY, change, layout
 from titan_core.compat import trusted_pipeline_shapes
 from titan_core.config import RematConfig
 from titan_core.planning.memory_use import MemoryUse
@@ -15,6 +14,7 @@ from titan_models.config import MoEConfig
 from titan_train.environment import environment
 from titan_train.forked import in_processes
 from titan_train.rehearsal import Rehearsal, measured_step, rehearsable, rehearse, rehearse_all, rehearse_traffic
+from training_runs import BF16, TINY, change, layout
 
 SMALL = change(TINY, **{"training.seq_len": 16, "training.micro_batch_size": 1, "training.global_batch_size": 4})
 MIXTURE = change(

@@ -3,7 +3,7 @@
 import fsspec
 import pytest
 
-from runs import change, curve, layout, metrics, samples, titan_train, train, train_until_killed
+from training_runs import change, curve, layout, metrics, samples, titan_train, train, train_until_killed
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])

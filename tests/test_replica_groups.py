@@ -18,7 +18,6 @@ import torch
 
 from ranks import run_ranks
 from replica_processes import Groups, lighthouse, wait_until
-from runs import FLOAT64, change, curve, layout, metrics, titan_train, train
 from titan_core.replicas.config import AveragingConfig
 from titan_core.shards import local
 from titan_models.config import MoEConfig
@@ -27,6 +26,7 @@ from titan_train.cli import run
 from titan_train.hooks import Hook
 from titan_train.interrupt import Interrupt
 from titan_train.validate import problems
+from training_runs import FLOAT64, change, curve, layout, metrics, titan_train, train
 
 README = Path(__file__).parents[1] / "apps" / "train" / "README.md"
 SETTINGS = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from runs import FLOAT64, change, curve, layout, train
 from titan_core.config import OptimizerConfig
 from titan_models.config import MoEConfig
+from training_runs import FLOAT64, change, curve, layout, train
 
 MIXTURE = MoEConfig(experts=4, top_k=2, hidden_dim=32, balance_loss=0.01, bias_update_rate=1e-3)
 STEPS = 3  # before the change, and as many after it
@@ -27,7 +27,7 @@ PAIRS = [("dense", name) for name in DENSE] + [("mixture", name) for name in MIX
 
 @pytest.fixture(scope="module")
 def experiment(corpus):
-    from runs import TINY
+    from training_runs import TINY
 
     def make(model, optimizer):
         moe = {"model.moe": MIXTURE} if model == "mixture" else {}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from runs import change, curve, layout, metrics, samples, train, train_until_killed
 from titan_models.config import MoEConfig
+from training_runs import change, curve, layout, metrics, samples, train, train_until_killed
 
 LAYOUTS = {
     "one process": (1, {}),

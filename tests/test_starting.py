@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from ranks import run_ranks
-from runs import change, curve, layout, metrics, titan_train, train
 from titan_ckpt.errors import CheckpointError
 from titan_core.init import materialize
 from titan_data.bpe import train_bpe
@@ -21,6 +20,7 @@ from titan_train.config_file import to_json
 from titan_train.environment import environment
 from titan_train.origin import OriginError, find_origin
 from titan_train.weights import load_weights
+from training_runs import change, curve, layout, metrics, titan_train, train
 
 SHAPE = {
     "vocab_size": 300,

@@ -255,12 +255,12 @@ def _exits_said(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _nothing_imported() -> Iterator[None]:
-    """Forgets the modules of the current folder at the end: the next command has to find them for itself."""
+    """Forgets the modules below the current folder at the end: the next command has to find them for itself."""
     known = set(sys.modules)
     with patch.object(sys, "path", [*sys.path]):
         try:
             yield
         finally:
             for name in sys.modules.keys() - known:
-                if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == Path.cwd():
+                if Path.cwd() in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
                     del sys.modules[name]

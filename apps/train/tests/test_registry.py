@@ -71,3 +71,18 @@ def test_a_run_directory_is_not_its_configuration_but_nearly(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RegistryError, match=r"is a run directory; give .*config\.json"):
         load_config("llama3", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["json", "torch", "sys"])
+def test_a_file_that_would_hide_a_module_is_refused(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text(MINE)
+    with pytest.raises(RegistryError, match=f"has the name of another module, {name}"):
+        load_config(str(tmp_path / f"{name}.py"), "mine")
+    assert getattr(sys.modules.get(name), "__file__", None) != str(tmp_path / f"{name}.py")
+
+
+def test_a_file_on_the_path_hides_nothing(tmp_path, monkeypatch):
+    (tmp_path / "my_runs.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert load_config("my_runs.py", "mine").training.steps == 5

@@ -1,6 +1,7 @@
 """Fetches a repository of the Hugging Face hub, or just what a login node wants of it."""
 
 import argparse
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ ASSETS: Mapping[str, tuple[str, ...]] = {
     "weights": ("*.safetensors", "model.safetensors.index.json"),
 }
 """What is meant by each word, as patterns of file names."""
+
+_ATTEMPTS = 5
 
 
 def command(options: argparse.Namespace, progress: ProgressLine) -> int:
@@ -60,8 +63,16 @@ def download(
     )
 
     patterns = [pattern for asset in assets for pattern in ASSETS[asset]]
+
+    def fetch() -> str:
+        return snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=patterns, token=token)
+
     try:
-        path = snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=patterns, token=token)
+        for _ in range(_ATTEMPTS - 1):
+            # A line that breaks within a file: not every huggingface-hub goes on by itself.
+            with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError):
+                return Path(fetch())
+        return Path(fetch())
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo} is gated: its owner wants to know who downloads it. Accept its terms at "
@@ -81,4 +92,3 @@ def download(
         raise CheckpointError(
             f"{repo} could not be fetched: {said} Run again: what is whole in {folder} is kept."
         ) from error
-    return Path(path)

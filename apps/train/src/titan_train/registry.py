@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +30,8 @@ def load_config(module: str, config: str) -> TrainConfig:
     """The configuration that `--module` and `--config` name.
 
     Raises:
-        RegistryError: if the module or the function does not exist, or the function returns something else.
+        RegistryError: if the module or the function does not exist, the function returns something else, or a file has
+            the name of another module.
         ConfigFileError: if `config` is a JSON file that cannot be read.
     """
     if config.endswith(".json"):
@@ -91,6 +93,12 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise RegistryError(f"--module {path} does not exist or is not a Python file.")
+    other = PathFinder.find_spec(path.stem)
+    if path.stem in sys.builtin_module_names or (other and other.origin and not path.samefile(other.origin)):
+        raise RegistryError(
+            f"--module {path} has the name of another module, {path.stem}, which it would hide from all that imports "
+            "it. Rename the file."
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # so that config.json can name a dataclass the file defines
     spec.loader.exec_module(module)
