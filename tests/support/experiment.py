@@ -4,6 +4,7 @@ Plain SGD, since AdamW turns rounding of gradients near zero into steps of full 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +61,8 @@ class Outcome:
 
     losses: list[float]
     norms: list[float]
-    evaluations: list[float]
-    """The loss on the batch of each step, without gradients, after the step."""
+    evaluation: float
+    """The loss on the last batch, without gradients, after the last step."""
     gradients: dict[str, np.ndarray]
     """Of the first step."""
     parameters: dict[str, np.ndarray]
@@ -100,16 +101,20 @@ def run(
     """Runs the experiment on so many forked ranks, or here, and merges what they hold."""
     if world_size == 1:
         return run_here(experiment, 1, layout, remat, compiling)
-    outcomes = run_ranks(world_size, run_here, experiment, world_size, layout, remat, compiling, timeout=120)
-    merged: dict[str, dict[str, np.ndarray]] = {"gradients": {}, "parameters": {}, "loads": {}}
+    return merged(run_ranks(world_size, run_here, experiment, world_size, layout, remat, compiling, timeout=120))
+
+
+def merged(outcomes: Sequence[Outcome]) -> Outcome:
+    """What the ranks agree on, and the tensors of all."""
+    tensors: dict[str, dict[str, np.ndarray]] = {"gradients": {}, "parameters": {}, "loads": {}}
     for outcome in outcomes:
         assert outcome.losses == outcomes[0].losses, (outcome.losses, outcomes[0].losses)
         assert outcome.norms == outcomes[0].norms, (outcome.norms, outcomes[0].norms)
-        assert outcome.evaluations == outcomes[0].evaluations
-        for kind, found in merged.items():
+        assert outcome.evaluation == outcomes[0].evaluation
+        for kind, found in tensors.items():
             for name, array in getattr(outcome, kind).items():
                 assert np.array_equal(found.setdefault(name, array), array), f"ranks differ in {kind} of {name}"
-    return dataclasses.replace(outcomes[0], **merged)
+    return dataclasses.replace(outcomes[0], **tensors)
 
 
 def lay_out(
@@ -149,7 +154,7 @@ def run_here(
     materialize(model, torch.device("cpu"))
     init_parameters(model, experiment.model.init_rules(), experiment.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    losses, norms, evaluations, gradients = [], [], [], {}
+    losses, norms, gradients = [], [], {}
     for batch in batches(experiment):
         valid = int((batch["labels"] != -100).sum())
         if experiment.model.moe is not None:
@@ -166,13 +171,14 @@ def run_here(
         optimizer.step()
         optimizer.zero_grad()
         laid_out.routers.finish_step()
-        kinds = {name: type(p) for name, p in model.named_parameters()}
-        evaluation = laid_out.evaluate({name: rows for name, rows in own.items() if name != "row_weights"})
-        assert {name: type(p) for name, p in model.named_parameters()} == kinds, "parameters stay gathered"
-        evaluations.append((evaluation if meshes is None else sum_over(evaluation, meshes.data)).item())
+    kinds = {name: type(p) for name, p in model.named_parameters()}
+    evaluation = laid_out.evaluate({name: rows for name, rows in own.items() if name != "row_weights"})
+    assert {name: type(p) for name, p in model.named_parameters()} == kinds, "parameters stay gathered"
+    if meshes is not None:
+        sum_over(evaluation, meshes.data)
     parameters = {name: _whole(tensor) for name, tensor in ModelState(model).state_dict().items()}
     loads = {name: _whole(load) for name, load in laid_out.routers.loads.items()}
-    return Outcome(losses, norms, evaluations, gradients, parameters, loads)
+    return Outcome(losses, norms, evaluation.item(), gradients, parameters, loads)
 
 
 def _whole(tensor: Any) -> np.ndarray:

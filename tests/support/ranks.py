@@ -32,6 +32,9 @@ torch.set_num_threads(1)
 # The first threads of a child that touch torch's pool would race to replace the one that the fork has left broken.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
+# A group connects two ranks when they first talk: layouts of 8 ranks have dozens of groups, and most pairs never do.
+os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
+
 _GRACE_SECONDS = 8.0  # how long the other ranks may live once one has failed: enough to write a traceback
 
 
