@@ -1,14 +1,23 @@
 """A small corpus, and a cache that all tests of a session share."""
 
+import importlib
 import os
 import random
 
 import pytest
 
-# Whatever a rank imports after the fork, each would import for itself.
+# Whatever a rank imports after the fork, each would import for itself; so all of it is imported here.
 import ranks  # noqa: F401  (sets one thread before any operation, so that ranks may be forked)
 import training_runs
 from s3 import s3_server  # noqa: F401  (a fixture)
+
+for _module in (
+    "torch.distributed.checkpoint",
+    "torch.nn.attention.flex_attention",
+    *map("titan_core.{}".format, ("context", "expert", "fsdp", "pipelining.pipeline", "tensor")),
+    *map("titan_models.{}".format, ("decoder", "moe")),
+):
+    importlib.import_module(_module)
 
 
 @pytest.fixture(scope="session", autouse=True)

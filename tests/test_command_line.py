@@ -81,7 +81,7 @@ def test_torchrun_shares_the_work_and_a_finished_run_says_so(corpus, tmp_path):
     ]
     shared = launch(*flags, "--parallel.dp-shard=2", "--output", tmp_path / "two", ranks=2)
     assert shared.returncode == 0, shared.stderr
-    alone = launch(*flags, "--output", tmp_path / "one")
+    alone = titan_train(*flags, "--output", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     assert curve(metrics(tmp_path / "two")) == pytest.approx(curve(metrics(tmp_path / "one")), rel=1e-5)
     again = titan_train(*flags, "--output", tmp_path / "one")

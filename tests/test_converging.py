@@ -26,6 +26,7 @@ def train(folder, ranks, arguments):
     command_runs.run(Command(text="", program="titan-train", arguments=tuple(arguments), ranks=ranks), folder)
 
 
+@pytest.mark.slow
 def test_layouts_are_trained_drawn_and_listed(corpus, tmp_path, capsys):
     flags = [*TINY.split(), "--data.source", str(corpus)]
     picture = tmp_path / "curves.svg"

@@ -48,7 +48,7 @@ def short(data: DataSection, **changes: object) -> TrainConfig:
     return change(TINY, data=data, **({"training.steps": 6, "schedule.total_steps": 6} | changes))
 
 
-@pytest.mark.parametrize("kind", ["text", "mixture", "sft", "stream"])
+@pytest.mark.parametrize("kind", [pytest.param("text", marks=pytest.mark.slow), "mixture", "sft", "stream"])
 def test_a_run_goes_on_with_other_ranks(kinds: dict[str, DataSection], kind: str, tmp_path: Path) -> None:
     held_out = kinds["text" if kind == "mixture" else kind].source
     config = short(kinds[kind], **{"validation.every": 3, "validation.sets": {"mine": held_out}})
@@ -91,7 +91,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("fsdp 2", "pp 2, a V"))) for name in LAYOUTS]
+)
 def test_validation_is_the_same_on_every_layout(corpora: dict[str, str], name: str, tmp_path: Path) -> None:
     """Also where its rows are not a multiple of anything, and with several sets."""
     steps_and_sets = {"training.steps": 2, "validation.sets": corpora, "validation.max_rows": 11}

@@ -38,7 +38,7 @@ LAYOUTS = {
 
 # Their like is tested for fewer steps in test_parity.py, or with other numbers here.
 LONG = ("fsdp 2 x tp 2 x pp 2", "hsdp 2x2, accumulation 3", "dp_shard 5, padded", "dp_shard 4", "accumulation 2")
-LONG += ("dp_shard 2, accumulation 2, last", "hsdp 2x2")
+LONG += ("dp_shard 2, accumulation 2, last", "dp_shard 2, accumulation 2", "dp_shard 2", "dp_replicate 2", "hsdp 2x2")
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +98,10 @@ def test_the_curves_mean_something(tiny, expected):
     "name",
     [
         "dp_shard 2",
-        "hsdp 2x2",
         "tp 2",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("dp_replicate 2", "accumulation 4", "cp 2", "fsdp 2 x tp 2 x pp 2")
+            for name in ("dp_replicate 2", "hsdp 2x2", "accumulation 4", "cp 2", "fsdp 2 x tp 2 x pp 2")
         ),
     ],
 )

@@ -148,8 +148,15 @@ def rewinding(config, **guard):
     return change(config, **{"guard.policy": "rewind", **{f"guard.{name}": value for name, value in guard.items()}})
 
 
-@pytest.mark.parametrize("name", ["one process", "fsdp 2"])
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("name", "asynchronous"),
+    [
+        ("one process", True),
+        ("fsdp 2", False),
+        pytest.param("one process", False, marks=pytest.mark.slow),
+        pytest.param("fsdp 2", True, marks=pytest.mark.slow),
+    ],
+)
 def test_going_back_leaves_out_the_batches_up_to_the_bad_one(name, asynchronous, exact, tmp_path):
     world_size, degrees = LAYOUTS[name]
     config = change(rewinding(exact), **layout(**degrees), **{"checkpoint.asynchronous": asynchronous})

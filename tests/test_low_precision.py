@@ -107,9 +107,11 @@ def test_where_other_tokens_share_a_scale_losses_stay_close(alone: Any, recipe: 
     ("recipe", "changes"),
     [
         ("float8_tensorwise", {"remat.mode": "full"}),
-        ("float8_tensorwise", {"compile.enabled": True, "compile.backend": "aot_eager"}),
         ("mxfp8", {"remat.mode": "selective"}),
-        pytest.param("mxfp8", {"compile.enabled": True, "compile.backend": "aot_eager"}, marks=pytest.mark.slow),
+        *(
+            pytest.param(recipe, {"compile.enabled": True, "compile.backend": "aot_eager"}, marks=pytest.mark.slow)
+            for recipe in ("float8_tensorwise", "mxfp8")
+        ),
     ],
 )
 def test_recomputing_and_compiling_change_nothing(

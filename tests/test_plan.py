@@ -49,7 +49,6 @@ DEEP = {"model.layers": 4}
 LORA = {"lora": LoRAConfig(rank=8)}
 
 CASES = {
-    "one device": (1, {}),
     "bfloat16, recomputed": (1, {**HALF, **FULL, "training.micro_batch_size": 2}),
     "selective": (1, SELECTIVE),
     "8-bit states, tied embeddings": (1, {"optimizer.state_dtype": "int8", "model.tie_embeddings": True}),
@@ -58,18 +57,19 @@ CASES = {
         {"precision": MixedPrecision(master_dtype="bfloat16"), "optimizer.state_dtype": "bfloat16"},
     ),
     "adapters": (1, {**LORA, **HALF}),
-    "documents": (1, {**HALF, "data.confine_attention": True}),
     "experts": (1, {**EXPERTS, **HALF}),
     "fsdp 4, recomputed": (4, {**layout(), **HALF, **FULL}),
-    "fsdp 2, tied": (2, {**layout(), **HALF, "model.tie_embeddings": True}),
-    "hsdp 2x2": (4, {**layout(dp_replicate=2), **HALF}),
-    "ddp 2": (2, {**layout(dp_replicate=2, dp_shard=1), **HALF}),
     "tp 2 x fsdp 2, selective": (4, {**layout(tp=2), **HALF, **SELECTIVE}),
     "cp 2": (2, {**layout(cp=2), **HALF, **FULL}),
     "ep 4": (4, {**layout(ep=4), **EXPERTS, **HALF}),
     "pp 2, GPipe": (2, {**layout(pp=2, pp_schedule="GPipe"), **HALF, "training.global_batch_size": 4}),
 }
 MORE = {
+    "one device": (1, {}),
+    "documents": (1, {**HALF, "data.confine_attention": True}),
+    "fsdp 2, tied": (2, {**layout(), **HALF, "model.tie_embeddings": True}),
+    "hsdp 2x2": (4, {**layout(dp_replicate=2), **HALF}),
+    "ddp 2": (2, {**layout(dp_replicate=2, dp_shard=1), **HALF}),
     "every other block recomputed": (1, {"remat": RematConfig(mode="full", every=2)}),
     "normalised heads": (1, {**HALF, "model.qk_norm": True}),
     "4-bit states": (1, {**HALF, "optimizer.state_dtype": "int4"}),

@@ -179,7 +179,7 @@ REMAT = {
 }
 
 
-@pytest.mark.parametrize("name", sometimes(REMAT, "tp, whole sequences", "cp, ulysses"))
+@pytest.mark.parametrize("name", sometimes(REMAT, "tp, whole sequences", "cp, allgather", "cp, ulysses", "ep"))
 def test_selective_recomputation_sends_nothing_twice_but_around_the_ring(name):
     world_size, changes = REMAT[name]
     config = change(SMALL, **{"model.layers": 4, "training.seq_len": 32, **changes})

@@ -20,8 +20,11 @@ def saving(tiny):
     return change(tiny, **{"checkpoint.every": 5, "checkpoint.asynchronous": False})
 
 
+LONG = ("fsdp 4", "ddp 4", "hsdp 2x2")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("fsdp 4", "hsdp 2x2") else ()) for name in LAYOUTS]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in LAYOUTS]
 )
 def test_killed_and_restarted_on_the_same_layout_is_bitwise_equal(saving, tmp_path, name):
     world_size, changes = LAYOUTS[name]

@@ -4,7 +4,6 @@ What `torchrun` starts becomes so many forked ranks.
 """
 
 import contextlib
-import importlib
 import os
 import runpy
 import subprocess
@@ -18,14 +17,6 @@ import torch.distributed as dist
 
 from commands import PROGRAMS, SHELL, Command, CommandError, main_of
 from ranks import RankFailure, run_ranks
-
-# What commands import when they need it, here once before they are forked.
-for _module in (
-    "torch.distributed.checkpoint",
-    "titan_train.trainer",
-    *map("titan_core.{}".format, ("context", "expert", "fsdp", "pipelining.pipeline", "tensor")),
-):
-    importlib.import_module(_module)
 
 _FINDINGS = (("titan-compare", 1),)
 """Exit codes that say what was found, and nothing of a failure."""

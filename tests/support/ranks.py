@@ -32,9 +32,6 @@ torch.set_num_threads(1)
 # The first threads of a child that touch torch's pool would race to replace the one that the fork has left broken.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
-# A group connects two ranks when they first talk: layouts of 8 ranks have dozens of groups, and most pairs never do.
-os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
-
 _GRACE_SECONDS = 8.0  # how long the other ranks may live once one has failed: enough to write a traceback
 
 
@@ -76,6 +73,8 @@ def _child(rank: int, world_size: int, function: Callable[[], Any], directory: P
         stacks = (directory / f"stack-{rank}").open("w")
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+        # A group connects two ranks when they first talk: 8 ranks have dozens of groups, and most pairs never do.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(str(directory / "store"), world_size),

@@ -62,6 +62,7 @@ class Group:
 
     def _run(self, function: Callable[[], Any]) -> None:
         os.setsid()
+        os.environ["TORCH_GLOO_LAZY_INIT"] = "0"  # who connects late may find that the other has died meanwhile
         code = 1
         with self.log.open("w") as log:
             os.dup2(log.fileno(), 1)

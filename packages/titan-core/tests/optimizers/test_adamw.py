@@ -113,7 +113,7 @@ def on_layout(layout):
     return lambda name, tensor: distribute_tensor(tensor, mesh, placements[name], src_data_rank=None)
 
 
-SWEPT = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("fsdp-4", "tp-2"))) for name in PLACEMENTS]
+SWEPT = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("fsdp-4", "tp-2", "tp-4"))) for name in PLACEMENTS]
 
 
 @pytest.mark.parametrize("layout", SWEPT)
@@ -319,7 +319,7 @@ def losses(toy, toy_roles, toy_rules, monkeypatch):
     return run
 
 
-TRAINED = [("int8", "tp-2"), ("int8", "fsdp-2-tp-2"), ("int4", "pp-2")]
+TRAINED = [("int8", "fsdp-2-tp-2"), ("int4", "pp-2")]
 OTHERS = [(d, layout) for d in ("int8", "int4") for layout in LAYOUTS if (d, layout) not in TRAINED]
 
 
