@@ -438,6 +438,7 @@ def test_deterministic_kernels_give_the_same_run(tiny, tmp_path):
     assert curve(strict) == curve(plain)
 
 
+@pytest.mark.slow
 def test_other_sinks_get_the_metrics_and_a_tracked_run_continues(corpus, tmp_path):
     flags = [*TINY_FLAGS, "--data.source", corpus, "--output", tmp_path, "--metrics.log-every=1"]
     flags += ["--metrics.tensorboard", "--metrics.wandb", "--metrics.wandb-mode=offline", "--schedule.total-steps=4"]

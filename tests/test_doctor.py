@@ -131,6 +131,7 @@ def test_alone_it_prints_a_table(tmp_path, capsys):
     assert text.endswith("No rank is more than 20% slower than the median of the ranks.\n")
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_prints_one_json_object(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     flags = [*QUICK_FLAGS, "--json", "--parallel.tp=2", "--output", str(tmp_path)]

@@ -212,8 +212,10 @@ def family(pid):
     return found
 
 
-def test_slurm_queues_a_preempted_run_again_and_not_a_finished_one(place, start):
-    process = start("bash", "scripts/slurm.sh", "run", steps=100_000, **SLURM)
+@pytest.mark.parametrize("nodes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_slurm_queues_a_preempted_run_again_and_not_a_finished_one(place, start, nodes):
+    job = SLURM | {"SLURM_NNODES": nodes}
+    process = start("bash", "scripts/slurm.sh", "run", steps=100_000, **job)
     wait_for_steps(place, 3)
     process.send_signal(signal.SIGUSR1)
     assert ended(process, place) == 0, "what requeues is scontrol"
@@ -221,7 +223,7 @@ def test_slurm_queues_a_preempted_run_again_and_not_a_finished_one(place, start)
     assert (place / "requeued").read_text() == "7\n"
     (place / "requeued").unlink()
     done = len(metrics(place / "run"))
-    again = start("bash", "scripts/slurm.sh", "run", steps=done + 2, SLURM_RESTART_COUNT="1", **SLURM)
+    again = start("bash", "scripts/slurm.sh", "run", steps=done + 2, SLURM_RESTART_COUNT="1", **job)
     assert ended(again, place) == 0
     assert status(place) == "finished"
     assert f"after step {done}." in (place / "log").read_text()

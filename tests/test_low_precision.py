@@ -1,6 +1,7 @@
 """Low-precision recipes and LoRA through whole runs: the same on every layout that leaves their scales alone."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,8 @@ LAYOUTS = {
 }
 
 
-# The others' parts are in these; they are among the slow tests.
-TELLING = ("pp 2", "fsdp 2 x tp 2")
-EACH_LAYOUT = [pytest.param(name, marks=[] if name in TELLING else pytest.mark.slow) for name in LAYOUTS]
+# The others' parts are in these: by default each recipe on one of the two, among the slow tests on all layouts.
+TELLING = ("fsdp 2 x tp 2", "pp 2")
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize("name", EACH_LAYOUT)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        pytest.param(recipe, name, marks=[] if name == telling else pytest.mark.slow)
+        for recipe, telling in zip(RECIPES, itertools.cycle(TELLING), strict=False)
+        for name in LAYOUTS
+    ],
+)
 def test_a_layout_changes_nothing(alone: Any, recipe: str, name: str, tmp_path: Path) -> None:
     """With micro-batches of the same rows, which are what some scales span."""
     world_size, degrees, changes = LAYOUTS[name]
@@ -189,8 +195,14 @@ def test_weights_are_kept_in_high_precision(tmp_path: Path) -> None:
 ADAPTERS = LoRAConfig(rank=4, alpha=8.0)
 
 
-@pytest.mark.parametrize("name", EACH_LAYOUT)
-@pytest.mark.parametrize("recipe", ["none", "float8_rowwise"])
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        pytest.param(recipe, name, marks=[] if name == telling else pytest.mark.slow)
+        for recipe, telling in (("none", "pp 2"), ("float8_rowwise", "fsdp 2 x tp 2"))
+        for name in LAYOUTS
+    ],
+)
 def test_adapters_on_any_layout(alone: Any, recipe: str, name: str, tmp_path: Path) -> None:
     world_size, degrees, changes = LAYOUTS[name]
     base = BASE if recipe == "none" else quantized(recipe)

@@ -239,6 +239,7 @@ def test_modes_of_recomputation_are_compared():
     assert activations["none"] > activations["full, every 2"] > activations["full"]
 
 
+@pytest.mark.slow
 def test_layouts_that_are_said_to_fit_do():
     """Sampled: the dry run of the first and the last that fits, and of the largest that does not."""
     config = change(SMALL, **HALF, **{"training.global_batch_size": 4})

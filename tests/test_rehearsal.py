@@ -33,11 +33,11 @@ LAYOUTS = {
     "fsdp 2, gradients reduced last": (2, layout(grad_sync="last")),
     "hsdp 2x2, bfloat16": (4, {**layout(dp_replicate=2), "precision": BF16}),
     "tp 2 x fsdp 2, recomputed": (4, {**layout(tp=2), "remat": RematConfig(mode="full")}),
-    "cp 2, ring": (2, layout(cp=2)),
     "pp 2, ZBVZeroBubble": pipeline("ZBVZeroBubble"),
     "pp 2 x tp 2": (4, layout(pp=2, tp=2)),
 }
 OTHERS = {
+    "cp 2, ring": (2, layout(cp=2)),
     "fsdp 2": (2, layout()),
     "never resharded": (2, layout(reshard_after_forward="never")),
     "tp 2, whole sequences": (2, layout(tp=2, sequence_parallel=False)),
@@ -131,7 +131,7 @@ MANY = {
 }
 
 
-@pytest.mark.parametrize("name", sometimes(MANY, "accumulation", "pp 2, GPipe"))
+@pytest.mark.parametrize("name", sometimes(MANY, "accumulation", "pp 2", "pp 2, GPipe"))
 def test_many_micro_batches_follow_from_a_few(name):
     world_size, changes = MANY[name]
     config = change(SMALL, **{"training.global_batch_size": 14, **changes})
@@ -158,7 +158,14 @@ DEEP = {
 }
 
 
-LONG = ("muon", "pp 2", "ddp 2, gradients reduced last", "cp 2", "pp 2 x fsdp 2, always resharded")
+LONG = (
+    "fsdp 2 x tp 2, every other block recomputed",
+    "muon",
+    "pp 2",
+    "ddp 2, gradients reduced last",
+    "cp 2",
+    "pp 2 x fsdp 2, always resharded",
+)
 
 
 @pytest.mark.parametrize("name", sometimes(DEEP, *LONG))

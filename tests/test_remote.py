@@ -6,7 +6,7 @@ import pytest
 from training_runs import change, curve, layout, metrics, samples, titan_train, train, train_until_killed
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_is_killed_and_goes_on_from_the_bucket(s3_server, tiny, tmp_path, world_size):
     directory = f"s3://titan/killed-on-{world_size}"
     parallel = layout() if world_size > 1 else {}

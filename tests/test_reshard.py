@@ -61,9 +61,10 @@ def uninterrupted(experiment, tmp_path_factory):
     return get
 
 
-# Muon's state is spread as AdamW's is; a few pairs by default, all in `slow`.
-WITH_MUON = ("fsdp 2 x tp 2 -> 1", "ep 2 x tp 2 -> fsdp 2")
-WITH_ADAMW = tuple(name for _, name in PAIRS if name != "pp 2, zero bubble -> cp 2 x tp 2")
+# By default every axis once on either side; all pairs in `slow`.
+WITH_ADAMW = ("1 -> fsdp 2 x tp 2 x pp 2", "tp 2 -> pp 2", "pp 2 -> fsdp 3", "hsdp 2x2 -> fsdp 2 x cp 2")
+WITH_ADAMW += ("ep 2 x tp 2 -> fsdp 2", "1 -> ep 4")
+WITH_MUON = ("fsdp 2 x tp 2 -> 1",)  # whose state is spread as AdamW's is
 RUNS = [
     pytest.param(model, name, optimizer, marks=[] if name in short else pytest.mark.slow)
     for optimizer, short in (("adamw", WITH_ADAMW), ("muon", WITH_MUON))

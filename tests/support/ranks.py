@@ -14,6 +14,7 @@ Why it is built the way it is:
 import contextlib
 import datetime
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -52,6 +53,7 @@ def run_ranks(
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    gc.freeze()  # a rank that collects garbage would touch, and so copy, all that it has inherited
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         pids = {}
@@ -60,6 +62,7 @@ def run_ranks(
             if pid == 0:
                 _child(rank, world_size, lambda: function(*args, **kwargs), directory, timeout)
             pids[pid] = rank
+        gc.unfreeze()
         codes = _wait(pids, timeout)
         failed = {rank: code for rank, code in codes.items() if code != 0}
         if failed:

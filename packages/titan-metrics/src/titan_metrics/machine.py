@@ -3,7 +3,6 @@
 Values of environment variables that look like secrets, and passwords in addresses, are left out.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -55,8 +54,9 @@ def environment() -> dict[str, Any]:
 
 
 def _titan_versions() -> dict[str, str]:
-    found = importlib.metadata.distributions()
-    return {found.name: found.version for found in found if (found.name or "").startswith("titan-")}
+    # Their folders say it; to open what every installed package says of itself takes a tenth of a second.
+    folders = [path.stem for entry in sys.path for path in Path(entry).glob("titan_*.dist-info")]
+    return {name.replace("_", "-"): version for name, _, version in (folder.partition("-") for folder in folders)}
 
 
 def _is_relevant(name: str) -> bool:
