@@ -83,9 +83,10 @@ def train(toy, toy_roles, toy_rules):
 
 # What differs from the others by one more rank or one more axis.
 LONG = ("fsdp-4", "ddp-2-every", "hsdp-2x2-every", "tp-2-whole-sequences", "fsdp-2-keep", "pp-2-tp-2")
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in LAYOUTS]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EACH)
 def test_float64_curves_agree_to_rounding(train, layout):
     world_size, config = LAYOUTS[layout]
     expected = train()
@@ -93,9 +94,7 @@ def test_float64_curves_agree_to_rounding(train, layout):
         assert history == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", EACH)
 def test_mixed_precision_means_the_same_everywhere(train, layout):
     world_size, config = LAYOUTS[layout]
     expected = train(param=torch.bfloat16)

@@ -78,6 +78,7 @@ def test_a_worker_that_dies_is_an_error(readers, start):
     assert time.monotonic() - began < 15
 
 
+@pytest.mark.slow  # the loader is asked every five seconds here too
 def test_a_worker_that_hangs_is_an_error_that_says_where(readers, start):
     processes = start(readers.hang_at_2, timeout_seconds=0.5)
     assert [processes.take(), processes.take()] == [0, 1]
