@@ -80,3 +80,11 @@ def test_memory_is_photographed_at_a_step_and_when_it_runs_out(tmp_path):
         torch.empty(1 << 50, device="cuda")
     assert (tmp_path / "dumps/memory-rank-0-step-3.pickle").stat().st_size > 0
     snapshots.close()
+
+
+@pytest.mark.gpu
+def test_a_step_to_photograph_that_never_came_costs_a_warning(tmp_path, caplog):
+    snapshots = MemorySnapshots(tmp_path, ProfilingConfig(snapshot_at=4))
+    snapshots.end_step(3)
+    snapshots.close()
+    assert "profiling.snapshot_at is step 4, and the last step was 3" in caplog.text

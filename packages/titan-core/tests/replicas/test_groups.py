@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from titan_core.replicas.config import ReplicaConfig
 from titan_core.replicas.groups import ReplicaGroups, StepDiscardedError, buckets
 from titan_core.shards import local
 
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 ROWS, WIDTH, STEPS = 12, 6, 12
 
 
@@ -253,7 +256,8 @@ def test_what_is_missing_is_named_with_its_remedy(start):
 
     error = start(without_torchft).error()
     assert "torchft" in error
-    assert "pip install 'titan-core[torchft]'" in error
+    (wanted,) = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]["torchft"]
+    assert f"pip install '{wanted}'" in error
 
     def without_lighthouse():
         os.environ.pop("TORCHFT_LIGHTHOUSE", None)

@@ -113,9 +113,16 @@ class MemorySnapshots:
             self._write()
 
     def close(self) -> None:
-        """Stops recording."""
+        """Stops recording; warns if the step to photograph never came."""
         from titan_metrics.compat import stop_recording_memory
 
+        if self._step < self._config.snapshot_at:
+            _log.warning(
+                "Rank %d has no photograph of its memory: profiling.snapshot_at is step %d, and the last step was %d.",
+                self._rank,
+                self._config.snapshot_at,
+                self._step,
+            )
         stop_recording_memory()
 
     def _write(self) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from titan_core.config import HOW
 
-INSTALL = "pip install 'titan-core[torchft]'"
+INSTALL = "pip install 'torchft>=0.2,<0.3'"  # what the extra `torchft` asks for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,10 +102,7 @@ class ReplicaGroups:
         try:
             from titan_core.replicas import manager
         except ModuleNotFoundError as error:
-            raise ReplicaError(
-                f"Replica groups need torchft, and {error.name} is not installed: {INSTALL} (for titan-train, "
-                "'titan-train[torchft]')."
-            ) from error
+            raise ReplicaError(f"Replica groups need torchft, and {error.name} is not installed: {INSTALL}.") from error
         address = manager.lighthouse_address(self._config)
         if not address:
             raise ReplicaError(
