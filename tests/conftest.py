@@ -9,6 +9,7 @@ import pytest
 # Whatever a rank imports after the fork, each would import for itself; so all of it is imported here.
 import ranks  # noqa: F401  (sets one thread before any operation, so that ranks may be forked)
 import training_runs
+from replica_processes import address, start  # noqa: F401  (fixtures)
 from s3 import s3_server  # noqa: F401  (a fixture)
 
 for _module in (

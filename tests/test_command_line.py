@@ -20,18 +20,7 @@ from titan_train import cli, trainer
 from titan_train.config_file import to_json
 from titan_train.interrupt import Interrupt
 from titan_train.run_directory import RunDirectory
-from training_runs import change, curve, layout, metrics, titan_train, train
-
-TINY_FLAGS = [
-    "--model.vocab-size=300",
-    "--data.vocab-size=300",
-    "--model.dim=32",
-    "--model.layers=1",
-    "--model.hidden-dim=32",
-    "--training.seq-len=32",
-    "--training.global-batch-size=4",
-    "--device=cpu",
-]
+from training_runs import TINY_FLAGS, change, curve, layout, metrics, titan_train, train
 
 
 def command(*arguments, ranks=1):

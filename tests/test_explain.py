@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from titan_models.config import MoEConfig
+from titan_models.shape import MoEConfig
 from titan_train.explain import explain, explanation_text
 from training_runs import TINY, change, layout, titan_train
 

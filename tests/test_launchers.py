@@ -17,23 +17,12 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from titan_train.cli import run as titan_train
-from training_runs import metrics
+from training_runs import TINY_FLAGS, metrics
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 
-TINY_FLAGS = [
-    "--model.vocab-size=300",
-    "--data.vocab-size=300",
-    "--model.dim=32",
-    "--model.layers=1",
-    "--model.hidden-dim=32",
-    "--training.seq-len=32",
-    "--training.global-batch-size=4",
-    "--device=cpu",
-    "--metrics.log-every=1",
-    "--schedule.total-steps=100000",
-]
+FLAGS = [*TINY_FLAGS, "--metrics.log-every=1", "--schedule.total-steps=100000"]
 
 # An SSH that stays here, and a Slurm whose two nodes are this machine. What `srun` is sent, all processes of its tasks
 # are sent, as in Slurm.
@@ -112,7 +101,7 @@ def start(place, corpus):
     started = []
 
     def begin(*command, steps, **environment):
-        flags = [*TINY_FLAGS, "--data.source", str(corpus), f"--training.steps={steps}"]
+        flags = [*FLAGS, "--data.source", str(corpus), f"--training.steps={steps}"]
         with (place / "log").open("w") as log:
             process = subprocess.Popen(
                 [*map(str, command), *flags],

@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from titan_core.optim import ModelState
 from titan_data.dataset import open_dataset
-from titan_models.config import MoEConfig
+from titan_models.shape import MoEConfig
 from titan_train.environment import environment
 from titan_train.recorder import Recorder
 from titan_train.trainer import Trainer

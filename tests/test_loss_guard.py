@@ -247,8 +247,8 @@ def test_other_optimizers_heed_it_too(optimizer, tiny, tmp_path):
 
 
 def test_a_mixture_of_experts_keeps_its_biases(tmp_path, corpus):
-    from titan_models.config import MoEConfig
     from titan_models.families.qwen3 import Qwen3Config
+    from titan_models.shape import MoEConfig
 
     moe = MoEConfig(experts=4, top_k=2, hidden_dim=16, bias_update_rate=0.1)
     model = Qwen3Config(vocab_size=300, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden_dim=64, moe=moe)

@@ -12,8 +12,8 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from titan_models.config import MoEConfig
 from titan_models.families.qwen3 import Qwen3Config
+from titan_models.shape import MoEConfig
 from titan_quant.config import LoRAConfig, QuantConfig
 from titan_train.config import TrainConfig
 from titan_train.config_file import to_json

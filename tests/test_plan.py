@@ -13,7 +13,7 @@ from ranks import run_ranks
 from titan_core.compat import trusted_pipeline_shapes
 from titan_core.config import ParallelConfig, RematConfig
 from titan_core.degrees import resolve_degrees
-from titan_models.config import MoEConfig
+from titan_models.shape import MoEConfig
 from titan_quant.config import LoRAConfig, MixedPrecision
 from titan_train.configs.llama3 import llama3_8b
 from titan_train.environment import environment

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from titan_core.compat import trusted_pipeline_shapes
 from titan_core.config import RematConfig
 from titan_core.planning.memory_use import MemoryUse
-from titan_models.config import MoEConfig
+from titan_models.shape import MoEConfig
 from titan_train.environment import environment
 from titan_train.forked import in_processes
 from titan_train.rehearsal import Rehearsal, measured_step, rehearsable, rehearse, rehearse_all, rehearse_traffic

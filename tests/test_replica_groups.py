@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from ranks import run_ranks
-from replica_processes import Groups, lighthouse, wait_until
+from replica_processes import wait_until
 from titan_core.replicas.config import AveragingConfig
 from titan_core.shards import local
-from titan_models.config import MoEConfig
+from titan_models.shape import MoEConfig
 from titan_train import trainer
 from titan_train.cli import run
 from titan_train.hooks import Hook
@@ -81,18 +81,6 @@ def run_group(config, *, at=None, during=None, seconds=0.0, joining=None):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture
-def address(tmp_path):
-    with lighthouse(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-def start(tmp_path):
-    with Groups(tmp_path) as groups:
-        yield groups
 
 
 @pytest.fixture

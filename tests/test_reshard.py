@@ -3,7 +3,7 @@
 import pytest
 
 from titan_core.config import OptimizerConfig
-from titan_models.config import MoEConfig
+from titan_models.shape import MoEConfig
 from training_runs import FLOAT64, change, curve, layout, train
 
 MIXTURE = MoEConfig(experts=4, top_k=2, hidden_dim=32, balance_loss=0.01, bias_update_rate=1e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from titan_models.config import MoEConfig
+from titan_models.shape import MoEConfig
 from training_runs import change, curve, layout, metrics, samples, train, train_until_killed
 
 LAYOUTS = {

@@ -12,8 +12,8 @@ from ranks import run_ranks
 from titan_ckpt.errors import CheckpointError
 from titan_core.init import materialize
 from titan_data.bpe import train_bpe
-from titan_models.config import MoEConfig
 from titan_models.families.qwen3 import Qwen3Config
+from titan_models.shape import MoEConfig
 from titan_train.build import lay_out
 from titan_train.config import ExportConfig
 from titan_train.config_file import to_json

@@ -21,9 +21,10 @@ from titan_core.mesh import Meshes, build_meshes, data_rank, sum_over
 from titan_core.optim import ModelState
 from titan_core.parallelize import parallelize
 from titan_core.roles import resolve_roles
-from titan_models.config import DecoderConfig, MoEConfig
+from titan_models.config import DecoderConfig
 from titan_models.facts import flops_per_token
 from titan_models.families.llama3 import Llama3Config
+from titan_models.shape import MoEConfig
 
 DENSE = Llama3Config(vocab_size=96, dim=32, layers=4, heads=4, kv_heads=2, head_dim=8, hidden_dim=48)
 MIXTURE = dataclasses.replace(

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HEARTBEAT_TIMEOUT_SECONDS = 1.5  # after which a killed group is no longer waited for
 
 
@@ -46,6 +48,18 @@ def lighthouse(folder: Path) -> Iterator[str]:
         yield address.read_text()
     finally:
         process.kill()
+
+
+class Progress:
+    """How far a run is, as a part of its state."""
+
+    step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
 
 
 class Group:
@@ -145,3 +159,17 @@ def wait_until(condition: Callable[[], Any], timeout: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.005)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """The address of a Lighthouse."""
+    with lighthouse(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Groups]:
+    """Starts groups, which do not outlive the test."""
+    with Groups(tmp_path) as groups:
+        yield groups

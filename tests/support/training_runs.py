@@ -33,6 +33,18 @@ TINY = TrainConfig(
     metrics=MetricsConfig(log_every=1, console=False),
 )
 
+TINY_FLAGS = [
+    "--model.vocab-size=300",
+    "--data.vocab-size=300",
+    "--model.dim=32",
+    "--model.layers=1",
+    "--model.hidden-dim=32",
+    "--training.seq-len=32",
+    "--training.global-batch-size=4",
+    "--device=cpu",
+]
+"""The same of a smaller model, for the command line."""
+
 FLOAT64 = MixedPrecision(master_dtype="float64")
 BF16 = MixedPrecision(param_dtype="bfloat16")
 

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from tiny_models import as_meta, logits, native_logits, same, weights
 from titan_ckpt.checkpointer import Checkpointer
 from titan_convert.cli import main
-from titan_models.config import MoEConfig
 from titan_models.families.qwen3 import Qwen3Config
 from titan_models.model_file import to_json
+from titan_models.shape import MoEConfig
 
 Saved = Callable[..., Path]
 

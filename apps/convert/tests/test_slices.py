@@ -2,8 +2,8 @@ import torch
 
 from titan_ckpt.formats.lazy import LazyTensor
 from titan_convert.slices import Cut
-from titan_models.config import MoEConfig
 from titan_models.families.qwen3 import PRESETS, Qwen3Config
+from titan_models.shape import MoEConfig
 
 
 def test_a_slice_of_a_large_model_is_small() -> None:

@@ -90,7 +90,7 @@ EACH = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for n
 def test_float64_curves_agree_to_rounding(train, layout):
     world_size, config = LAYOUTS[layout]
     expected = train()
-    for history in run_ranks(world_size, train, config, world_size):
+    for history in run_ranks(world_size, train, config, world_size, micro=2):
         assert history == pytest.approx(expected, rel=1e-12)
 
 
@@ -109,7 +109,7 @@ def test_mixed_precision_means_the_same_everywhere(train, layout):
 def test_tied_parameters_stay_tied(train):
     expected = train(tied=True)
     for world_size, config in ((2, ParallelConfig()), (2, ParallelConfig(dp_replicate=2)), (2, ParallelConfig(tp=2))):
-        for history in run_ranks(world_size, train, config, world_size, tied=True):
+        for history in run_ranks(world_size, train, config, world_size, tied=True, micro=3):
             assert history == pytest.approx(expected, rel=1e-12)
 
 

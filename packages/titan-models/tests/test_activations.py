@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from titan_models.activations import DecoderActivations, Extent
-from titan_models.config import DecoderConfig, MoEConfig
+from titan_models.config import DecoderConfig
 from titan_models.rope import rope_table
+from titan_models.shape import MoEConfig
 
 ROWS, LENGTH = 2, 32
 DENSE = DecoderConfig(vocab_size=300, dim=64, layers=2, heads=8, kv_heads=4, head_dim=8, hidden_dim=160)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from titan_models.config import MoEConfig
+from titan_models.shape import MoEConfig
 
 
 def run(model, tokens, **kwargs):

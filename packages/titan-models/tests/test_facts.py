@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from titan_models.config import MoEConfig
 from titan_models.facts import (
     active_parameter_count,
     flops_per_token,
@@ -13,6 +12,7 @@ from titan_models.facts import (
     training_flops_per_token,
 )
 from titan_models.families import llama3, qwen3
+from titan_models.shape import MoEConfig
 
 EXPERTS = MoEConfig(experts=8, top_k=3, hidden_dim=40, shared_hidden_dim=16, first_dense_layers=1)
 CHANGES = [{}, {"tie_embeddings": True}, {"qk_norm": True, "moe": EXPERTS}]

@@ -5,10 +5,10 @@ import pytest
 import torch
 import transformers
 
-from titan_models.config import MoEConfig
 from titan_models.families.qwen3 import Qwen3Config
 from titan_models.generate import Sampling, SamplingError, generate
 from titan_models.hugging_face import to_hugging_face
+from titan_models.shape import MoEConfig
 
 MIXTURE = Qwen3Config(
     vocab_size=131,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from titan_models.config import ModelConfigError, MoEConfig, RopeScaling
 from titan_models.facts import shared_names, state_shapes
 from titan_models.families import llama3, qwen3
 from titan_models.hugging_face import from_hugging_face, model_type, to_hugging_face
+from titan_models.shape import ModelConfigError, MoEConfig, RopeScaling
 
 ALL = {**{f"llama3-{k}": v for k, v in llama3.PRESETS.items()}, **{f"qwen3-{k}": v for k, v in qwen3.PRESETS.items()}}
 PUBLISHED_8B = {

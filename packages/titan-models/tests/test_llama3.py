@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from titan_models.config import RopeScaling
 from titan_models.facts import parameter_count
 from titan_models.families.llama3 import HUGGING_FACE_KEYS, PRESETS
+from titan_models.shape import RopeScaling
 
 PUBLISHED = {
     "1b": 1_235_814_400,

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from titan_models.config import ModelConfigError, MoEConfig, RopeScaling
 from titan_models.families.llama3 import PRESETS, Llama3Config
 from titan_models.families.qwen3 import Qwen3Config
 from titan_models.meta import from_meta, to_meta
+from titan_models.shape import ModelConfigError, MoEConfig, RopeScaling
 
 # As in Meta's repositories.
 LLAMA_31_8B = {

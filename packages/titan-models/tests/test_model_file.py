@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from titan_models.config import ModelConfigError, MoEConfig, RopeScaling
 from titan_models.families.llama3 import PRESETS as LLAMA3
 from titan_models.families.qwen3 import PRESETS as QWEN3
 from titan_models.families.qwen3 import Qwen3Config
 from titan_models.model_file import differences, from_json, to_json
+from titan_models.shape import ModelConfigError, MoEConfig, RopeScaling
 
 
 @pytest.mark.parametrize("config", [LLAMA3["1b"], LLAMA3["8b"], QWEN3["4b"], QWEN3["30b-a3b"]])
@@ -40,7 +40,7 @@ def changed(**changes):
         ("[]", "holds a list"),
         (changed(type="nowhere:Config"), "nowhere:Config, which cannot be imported"),
         (changed(type="json:loads"), "json:loads, which is no dataclass"),
-        (changed(type="titan_models.config:RopeScaling"), "doesn't know: dim"),
+        (changed(type="titan_models.shape:RopeScaling"), "doesn't know: dim"),
         (changed(colour="red"), "fields that Llama3Config doesn't know: colour"),
         (changed(layers="many"), "model.layers in model.json is 'many'"),
         (changed(layers=True), "model.layers in model.json is True"),

@@ -6,8 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from titan_models.config import MoEConfig
 from titan_models.moe import MoE
+from titan_models.shape import MoEConfig
 
 D = 16
 CONFIG = MoEConfig(experts=6, top_k=3, hidden_dim=8, shared_hidden_dim=24)

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config as DenseReferenceConfig
 from transformers import Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from titan_models.config import MoEConfig
 from titan_models.facts import active_parameter_count, parameter_count
 from titan_models.families.qwen3 import HUGGING_FACE_KEYS, PRESETS, Qwen3Config
+from titan_models.shape import MoEConfig
 
 DENSE = Qwen3Config(vocab_size=131, dim=48, layers=2, heads=6, kv_heads=2, head_dim=16, hidden_dim=80)
 EXPERTS = dataclasses.replace(DENSE, moe=MoEConfig(experts=8, top_k=3, hidden_dim=24))

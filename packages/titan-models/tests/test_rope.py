@@ -2,8 +2,8 @@ import math
 
 import torch
 
-from titan_models.config import RopeScaling
 from titan_models.rope import apply_rope, rope_frequencies, rope_table
+from titan_models.shape import RopeScaling
 
 
 def test_scaling_keeps_short_wavelengths_and_stretches_long_ones():

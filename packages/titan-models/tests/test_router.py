@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from titan_models.config import MoEConfig
 from titan_models.router import Router
+from titan_models.shape import MoEConfig
 
 B, S, D, E, K = 3, 10, 12, 8, 2
 ROW_WEIGHTS = torch.tensor([0.5, 0.3, 0.0], dtype=torch.float64)

@@ -26,8 +26,8 @@ from titan_ckpt.place import Place
 from titan_convert import models
 from titan_convert.models import Model
 from titan_models import meta, model_file
-from titan_models.config import ModelConfigError
 from titan_models.hugging_face_files import settings_files
+from titan_models.shape import ModelConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.location import place_of
 from titan_ckpt.place import Place
 from titan_models import hugging_face, meta, model_file
-from titan_models.config import DecoderConfig, ModelConfigError
+from titan_models.config import DecoderConfig
 from titan_models.facts import shared_names, state_shapes
+from titan_models.shape import ModelConfigError
 
 if TYPE_CHECKING:
     from titan_ckpt.conversion.keymap import KeyMap, ModelFacts

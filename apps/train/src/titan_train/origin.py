@@ -18,7 +18,8 @@ from titan_ckpt.place import Place
 from titan_data.cache import cache_directory
 from titan_data.config import DataConfig
 from titan_models import hugging_face, model_file
-from titan_models.config import DecoderConfig, ModelConfigError
+from titan_models.config import DecoderConfig
+from titan_models.shape import ModelConfigError
 from titan_train.config import TrainConfig
 from titan_train.parts import differences
 

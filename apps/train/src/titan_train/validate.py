@@ -9,8 +9,8 @@ from titan_core.roles import ROLES
 from titan_data.mixture_config import MixtureConfig
 from titan_data.sft_config import SFTConfig
 from titan_data.stream_config import StreamConfig
-from titan_models.config import ModelConfigError
 from titan_models.hugging_face import to_hugging_face
+from titan_models.shape import ModelConfigError
 from titan_train.config import DataSection, TrainConfig
 from titan_train.rows import share_rows
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ranks import run_ranks
-from replica_processes import Groups, lighthouse, wait_until
+from replica_processes import Progress, wait_until
 from titan_core.optim import ModelState, OptimizerState
 from titan_core.replicas.averaging import Averaging, cut_into_fragments
 from titan_core.replicas.config import AveragingConfig, ReplicaConfig
@@ -21,16 +21,6 @@ from titan_core.replicas.groups import ReplicaGroups
 from titan_core.shards import local
 
 WIDTH, STEPS, GROUPS = 6, 8, 2
-
-
-class Progress:
-    step = 0
-
-    def state_dict(self):
-        return {"step": self.step}
-
-    def load_state_dict(self, state):
-        self.step = state["step"]
 
 
 class Model(nn.Module):
@@ -157,18 +147,6 @@ def assert_same(found, expected, **tolerance):
     for step, weights in found.items():
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[step][name], **tolerance, msg=f"{name} after step {step}")
-
-
-@pytest.fixture
-def address(tmp_path):
-    with lighthouse(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-def start(tmp_path):
-    with Groups(tmp_path) as groups:
-        yield groups
 
 
 CLOSE = {"atol": 1e-12, "rtol": 0.0}

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ranks import run_ranks
-from replica_processes import Groups, lighthouse, wait_until
+from replica_processes import Progress, wait_until
 from titan_core.clip import clip_gradients
 from titan_core.optim import ModelState, OptimizerState
 from titan_core.replicas import groups as replica_groups
@@ -25,16 +25,6 @@ from titan_core.shards import local
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 ROWS, WIDTH, STEPS = 12, 6, 12
-
-
-class Progress:
-    step = 0
-
-    def state_dict(self):
-        return {"step": self.step}
-
-    def load_state_dict(self, state):
-        self.step = state["step"]
 
 
 def build():
@@ -130,19 +120,6 @@ def killed_at(step):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return during
-
-
-@pytest.fixture
-def address(tmp_path):
-    with lighthouse(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Starts groups, which do not outlive the test."""
-    with Groups(tmp_path) as groups:
-        yield groups
 
 
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])

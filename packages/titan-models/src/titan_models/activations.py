@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from titan_models.config import DecoderConfig, MoEConfig
 from titan_models.operations import (
     adapted_linear,
     add,
@@ -24,6 +23,7 @@ from titan_models.operations import (
     silu,
     wide,
 )
+from titan_models.shape import DecoderShape, MoEConfig
 from titan_models.tape import Buffer, Played, Remat, Tape, Value, play
 
 _INT64 = 8
@@ -110,7 +110,7 @@ class Extent:
 class DecoderActivations:
     """Plays the parts of one decoder."""
 
-    def __init__(self, config: DecoderConfig, extent: Extent, around: Surroundings | None = None) -> None:
+    def __init__(self, config: DecoderShape, extent: Extent, around: Surroundings | None = None) -> None:
         self._config, self._extent, self._around = config, extent, around or OneDevice()
         self._hidden = extent.stream * config.dim * extent.itemsize
         self._blocks: dict[tuple[bool, bool, Remat, bool, bool], Played] = {}

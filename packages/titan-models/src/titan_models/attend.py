@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_models.config import AttentionKernel
+from titan_models.shape import AttentionKernel
 
 T = TypeVar("T")
 

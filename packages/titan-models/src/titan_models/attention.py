@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from titan_models.attend import attend, masked_attention
-from titan_models.config import AttentionKernel, DecoderConfig
 from titan_models.kv_cache import LayerCache
 from titan_models.rope import apply_rope
+from titan_models.shape import AttentionKernel, DecoderShape
 
 
 class Attention(nn.Module):
@@ -20,7 +20,7 @@ class Attention(nn.Module):
     q_norm: nn.RMSNorm | None
     k_norm: nn.RMSNorm | None
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderShape) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.wq = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)

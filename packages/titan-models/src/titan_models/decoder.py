@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from titan_models.attention import Attention
-from titan_models.config import DecoderConfig
 from titan_models.feed_forward import FeedForward
 from titan_models.head import Head
 from titan_models.kv_cache import KVCache, LayerCache
 from titan_models.moe import MoE
 from titan_models.rope import rope_frequencies, rope_table
+from titan_models.shape import DecoderShape
 
 
 class Decoder(nn.Module):
@@ -24,7 +24,7 @@ class Decoder(nn.Module):
     norm: nn.RMSNorm | None
     lm_head: Head | None
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderShape) -> None:
         super().__init__()
         self.rope_frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """One layer: attention and a feed-forward network, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderShape, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)

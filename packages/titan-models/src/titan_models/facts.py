@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from titan_models.config import DecoderConfig
+from titan_models.shape import DecoderShape
 
 # Tokens whose logits exist at one time while the loss is computed. On a CPU a chunk that stays in its caches is a fifth
 # faster than 1024 tokens; on a GPU each chunk costs a pass over a gradient as large as the weight, so there few are
@@ -11,7 +11,7 @@ from titan_models.config import DecoderConfig
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 256, 2048
 
 
-def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: DecoderShape) -> dict[str, tuple[int, ...]]:
     """FQN -> shape of every parameter, in the model's order; a tied head is not listed."""
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, config.dim)}
     for layer in range(config.layers):
@@ -22,7 +22,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _block_shapes(config: DecoderConfig, layer: int) -> dict[str, tuple[int, ...]]:
+def _block_shapes(config: DecoderShape, layer: int) -> dict[str, tuple[int, ...]]:
     query_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "attention_norm.weight": (config.dim,),
@@ -52,7 +52,7 @@ def _feed_forward_shapes(name: str, dim: int, hidden_dim: int) -> dict[str, tupl
     return {f"{name}.w1.weight": inward, f"{name}.w3.weight": inward, f"{name}.w2.weight": outward}
 
 
-def state_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def state_shapes(config: DecoderShape) -> dict[str, tuple[int, ...]]:
     """FQN -> shape of every tensor in the model's state dict, without further names of the same tensor."""
     shapes = parameter_shapes(config)
     if config.moe is not None and config.moe.bias_update_rate:
@@ -61,22 +61,22 @@ def state_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def shared_names(config: DecoderConfig) -> dict[str, str]:
+def shared_names(config: DecoderShape) -> dict[str, str]:
     """FQN -> the FQN in `state_shapes` of the tensor that it is a further name of."""
     return {"lm_head.weight": "tok_embeddings.weight"} if config.tie_embeddings else {}
 
 
-def parameter_count(config: DecoderConfig) -> int:
+def parameter_count(config: DecoderShape) -> int:
     """Number of parameters; a shared weight counts once."""
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
-def active_parameter_count(config: DecoderConfig) -> int:
+def active_parameter_count(config: DecoderShape) -> int:
     """Number of parameters that one token passes: all but those of the experts it is not handed to."""
     return sum(_active(config, shape) for shape in parameter_shapes(config).values())
 
 
-def _active(config: DecoderConfig, shape: tuple[int, ...]) -> int:
+def _active(config: DecoderShape, shape: tuple[int, ...]) -> int:
     # Only the stacked weights of experts have three dimensions.
     if config.moe is None or len(shape) < 3:
         return math.prod(shape)
@@ -84,7 +84,7 @@ def _active(config: DecoderConfig, shape: tuple[int, ...]) -> int:
 
 
 def flops_per_token(
-    config: DecoderConfig, seq_len: int, *, causal: bool = True, seen: float | None = None
+    config: DecoderShape, seq_len: int, *, causal: bool = True, seen: float | None = None
 ) -> Mapping[str, float]:
     """Forward FLOPs a token by module, averaged over a document of `seq_len` tokens.
 
@@ -112,7 +112,7 @@ def flops_per_token(
 
 
 def training_flops_per_token(
-    config: DecoderConfig, seq_len: int, *, causal: bool = True, seen: float | None = None
+    config: DecoderShape, seq_len: int, *, causal: bool = True, seen: float | None = None
 ) -> float:
     """FLOPs a token of forward and backward, three times the forward's (arXiv 2204.02311), without recomputation.
 

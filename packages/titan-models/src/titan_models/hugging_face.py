@@ -6,10 +6,11 @@ A setting that this module doesn't know is refused too, unless it is off: it mig
 from collections.abc import Mapping
 from typing import Any
 
-from titan_models.config import DecoderConfig, ModelConfigError, MoEConfig, RopeScaling
+from titan_models.config import DecoderConfig
 from titan_models.families.llama3 import Llama3Config
 from titan_models.families.qwen3 import Qwen3Config
 from titan_models.foreign_settings import mistyped
+from titan_models.shape import ModelConfigError, MoEConfig, RopeScaling
 
 CONFIG_FILE = "config.json"
 UNSAID = ("moe.z_loss",)

@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from titan_models.config import DecoderConfig, ModelConfigError, RopeScaling
+from titan_models.config import DecoderConfig
 from titan_models.families.llama3 import PRESETS, Llama3Config
 from titan_models.foreign_settings import mistyped
+from titan_models.shape import ModelConfigError, RopeScaling
 
 PARAMS_FILE = "params.json"
 _FACTOR = "rope_scaling_factor"

@@ -12,7 +12,8 @@ import typing
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from titan_models.config import DecoderConfig, ModelConfigError
+from titan_models.config import DecoderConfig
+from titan_models.shape import ModelConfigError
 
 MODEL_FILE = "model.json"
 _TYPE = "type"

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_models.config import MoEConfig
 from titan_models.experts import Experts
 from titan_models.feed_forward import FeedForward
 from titan_models.router import Router
+from titan_models.shape import MoEConfig
 
 
 class MoE(nn.Module):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from titan_models.config import RopeScaling
+from titan_models.shape import RopeScaling
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> list[float]:

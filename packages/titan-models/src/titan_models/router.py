@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_models.config import MoEConfig
+from titan_models.shape import MoEConfig
 
 
 class Router(nn.Module):

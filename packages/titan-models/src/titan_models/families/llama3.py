@@ -6,7 +6,8 @@ Shapes: "The Llama 3 Herd of Models" (2024), table 3, and the model cards of Lla
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from titan_models.config import DecoderConfig, RopeScaling
+from titan_models.config import DecoderConfig
+from titan_models.shape import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ Shapes: "Qwen3 Technical Report" (arXiv 2505.09388), tables 1 and 2, and the `co
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from titan_models.config import DecoderConfig, MoEConfig
+from titan_models.config import DecoderConfig
+from titan_models.shape import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
