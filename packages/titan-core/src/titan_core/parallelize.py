@@ -37,7 +37,11 @@ def parallelize(
     `micro_batch_size` is in rows. `costs` (FQN -> any unit) balance the stages of a pipeline.
     `costly`: the model's own operators whose results selective recomputation keeps. `styles`: what a rewrite of the
     model changes in tensor parallelism.
+
+    Raises:
+        TensorStyleError: if names in `styles` fit nothing in the model.
     """
+    styles.check(roles)
     if meshes is None:
         recompute_and_compile(model, roles, remat, compiling, costly)
         routers = Routers(model, roles)

@@ -7,6 +7,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from titan_core.roles import ROLES
+
 
 class Collective(Protocol):
     """Differentiable, like those of `titan_core.collectives`."""
@@ -14,6 +16,10 @@ class Collective(Protocol):
     def __call__(self, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
         """What this rank has afterwards."""
         ...
+
+
+class TensorStyleError(ValueError):
+    """A rewrite wants something of tensor parallelism where there is nothing to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,23 @@ class TensorStyles:
     added: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
     """Role (`colwise` or `rowwise`) -> name of a parameter that such layers got -> the dimension that is cut; None:
     every rank has it whole and applies it to its own part of the inner dimension."""
+
+    def check(self, roles: Mapping[str, str]) -> None:
+        """Refuses names that stand for nothing; `roles` are those of the whole model, as `resolve_roles` returns them.
+
+        Raises:
+            TensorStyleError: naming what fits no region, no row-cut layer, or no role that can have parameters added.
+        """
+        for key, names, style in (("entered", self.entered, "region"), ("left", self.left, "row")):
+            known = {fqn for fqn, role in roles.items() if ROLES[role].tensor == style}
+            if strangers := sorted(set(names) - known):
+                wanted = "region" if style == "region" else "row-cut layer"
+                raise TensorStyleError(
+                    f"TensorStyles.{key} names {', '.join(strangers)}, and the model has no {wanted} of that name. "
+                    "Give whole names, without patterns."
+                )
+        if strangers := sorted(self.added.keys() - {"colwise", "rowwise"}):
+            raise TensorStyleError(f"TensorStyles.added has {', '.join(strangers)}; give colwise, rowwise or both.")
 
 
 AS_USUAL = TensorStyles()
