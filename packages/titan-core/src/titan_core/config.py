@@ -75,10 +75,8 @@ class RematConfig:
     every: int = 1
     """Recompute every n-th block only."""
     save_ops: tuple[str, ...] = ()
-    """Operators whose results `selective` keeps, such as aten.mm.default; empty: matrix products, attention and
-    communication, so that nothing is sent twice, except around the ring of context parallelism, which passes keys and
-    values on again. What tp gathers is kept whole; without _c10d_functional.all_gather_into_tensor.default it is sent
-    again instead."""
+    """Operators whose results `selective` keeps, such as aten.mm.default; empty: matrix products, attention, and
+    communication that sums or exchanges. Whole sequences, which tp and cp gather, are gathered again instead."""
     budget: float = 0.5
     """Share of a block's activations that `budget` keeps, 0 to 1."""
 

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from titan_core.config import RematConfig
 from titan_core.surgery import specialise
 
-# Operators whose results are costly to compute and cheap to keep. A collective's result belongs to them: computing
-# it again would communicate again. What goes around the ring of context parallelism does not: it arrives in place, and
-# kept it would be whole sequences of keys and values.
+# Operators whose results are costly to compute and cheap to keep. Of collectives those that reduce or exchange belong
+# to them: computing their results again would communicate again. Those that gather do not, nor does the ring of context
+# parallelism: what they give is whole sequences, several times what all the rest of a block keeps.
 _COSTLY = (
     "aten.mm.default",
     "aten.addmm.default",
@@ -28,7 +28,6 @@ _COSTLY = (
     "aten._scaled_dot_product_efficient_attention.default",
     "aten._scaled_dot_product_cudnn_attention.default",
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
-    "_c10d_functional.all_gather_into_tensor.default",
     "_c10d_functional.all_reduce.default",
     "_c10d_functional.reduce_scatter_tensor.default",
     "_c10d_functional.all_to_all_single.default",

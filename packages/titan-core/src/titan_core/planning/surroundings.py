@@ -42,7 +42,7 @@ class ParallelSurroundings:
                 return (result,)
 
             return tape.op(part, (x,), summed, new=False)
-        gathered = tape.op(whole, (x,), lambda gradient: (_scattered(tape, whole, part),), costly=True)
+        gathered = tape.op(whole, (x,), lambda gradient: (_scattered(tape, whole, part),))
         tape.passing(whole)
         joined = tape.op(whole, (gathered,), lambda gradient: (tape.share(gradient),))
         tape.drop(gathered)
