@@ -184,3 +184,6 @@ class TrainConfig:
     """What happens when no step ends."""
     debug: DebugConfig = field(default=DebugConfig(), metadata=WHERE)
     """Slow checks."""
+    hooks: tuple[str, ...] = field(default=(), metadata=WHERE)
+    """Hooks of your own, each MODULE:NAME of a class that is called with the trainer and its log. They are no part of
+    the experiment: what they do to it is yours to answer for."""

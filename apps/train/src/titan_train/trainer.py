@@ -53,6 +53,7 @@ from titan_train.guard import BadStep, Guard
 from titan_train.hooks import Hook, LogSamples, Step, build_log
 from titan_train.interrupt import Interrupt
 from titan_train.origin import Origin, find_origin
+from titan_train.own_hooks import find_hooks, open_hooks
 from titan_train.parts import fingerprint, what_of
 from titan_train.recorder import Recorder
 from titan_train.replicas import (
@@ -93,6 +94,7 @@ def train(config: TrainConfig, interrupt: Interrupt, *, name: str) -> signal.Sig
             interrupt.check()
             env.say(text)
 
+        find_hooks(config.hooks)  # a name that is wrong is said before anything is read or built
         interrupt.check()
         dataset = open_data(config, progress=progress)
         check_vocabulary(config, dataset.vocab_size)
@@ -157,7 +159,7 @@ def build_hooks(trainer: "Trainer", sets: Sequence[ValidationSet], checkpoint: C
     config, env = trainer.config, trainer.env
     log = build_log(config, env, checkpoint, trainer.progress.step, trainer.laid_out.rewrites, trainer.record)
     hooks: list[Hook] = [Validate(config, env, trainer.layout, sets, log, trainer.record)] if sets else []
-    hooks.append(log)
+    hooks += [*open_hooks(config.hooks, trainer, log), log]
     if config.training.log_samples and env.reads_first:
         hooks.append(LogSamples(own_folder(config), env.data_rank))
     if config.evaluation.command and env.is_main:
