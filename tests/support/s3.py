@@ -23,6 +23,8 @@ sys.stdin.read()
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The URL of a server with a bucket `titan`; the environment leads to it as it does for a user."""
+    from s3fs import S3FileSystem
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
@@ -34,6 +36,7 @@ def s3_server() -> Iterator[str]:
             assert server.stdout is not None
             url = server.stdout.readline().decode().strip()
             patch.setenv("AWS_ENDPOINT_URL", url)
+            S3FileSystem.clear_instance_cache()  # which other folders' tests may have led to a server of theirs
             yield url
             server.terminate()
 
