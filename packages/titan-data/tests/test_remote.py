@@ -7,6 +7,7 @@ import uuid
 
 import fsspec
 import pytest
+from fsspec.registry import _registry as known_stores
 
 from titan_data.config import DataConfig
 from titan_data.errors import DataError, MissingPackageError
@@ -111,6 +112,7 @@ def test_errors_name_the_url(store, opened, monkeypatch):
     with pytest.raises(DataError, match="cannot read unheard-of://x: ValueError: Protocol not known"):
         opened("unheard-of://x")
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(known_stores, "s3", raising=False)  # another test may have used it before
     with pytest.raises(MissingPackageError, match=r"reading s3://bucket/x .*pip install 'titan-data\[s3\]'"):
         opened("s3://bucket/x")
 
