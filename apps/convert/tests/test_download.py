@@ -1,5 +1,6 @@
 """`titan-convert download` against a server that speaks the hub's API: what it lists, refuses and resumes."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,8 +12,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
+from titan_ckpt.errors import CheckpointError
+from titan_convert import download as downloading
 from titan_convert.cli import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -211,3 +215,22 @@ def test_a_hub_that_cannot_be_reached_is_told(hub: Hub, tmp_path: Path) -> None:
     result = download(hub, tmp_path, "me/open", tmp_path / "out", HF_ENDPOINT="http://127.0.0.1:9")
     assert result.returncode == 1
     assert "me/open could not be fetched" in result.stderr
+
+
+@pytest.mark.parametrize("breaks", [4, 5])
+def test_a_line_that_breaks_again_and_again_is_given_up_after_five(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: int
+) -> None:
+    """Whatever huggingface-hub does by itself."""
+    tried = []
+
+    def fetch(*_: object, **__: object) -> str:
+        tried.append(1)
+        if len(tried) <= breaks:
+            raise httpx.RemoteProtocolError("the line broke")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(CheckpointError, match="the line broke Run again") if breaks == 5 else contextlib.nullcontext():
+        assert downloading.download("me/open", tmp_path) == tmp_path
+    assert len(tried) == 5

@@ -74,8 +74,9 @@ def test_a_run_directory_is_not_its_configuration_but_nearly(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["json", "torch", "sys"])
-def test_a_file_that_would_hide_a_module_is_refused(tmp_path, name):
+def test_a_file_that_would_hide_a_module_is_refused(tmp_path, monkeypatch, name):
     (tmp_path / f"{name}.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
     with pytest.raises(RegistryError, match=f"has the name of another module, {name}"):
         load_config(str(tmp_path / f"{name}.py"), "mine")
     assert getattr(sys.modules.get(name), "__file__", None) != str(tmp_path / f"{name}.py")

@@ -93,8 +93,9 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise RegistryError(f"--module {path} does not exist or is not a Python file.")
-    other = PathFinder.find_spec(path.stem)
-    if path.stem in sys.builtin_module_names or (other and other.origin and not path.samefile(other.origin)):
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != path.resolve().parent]
+    other = PathFinder.find_spec(path.stem, elsewhere)
+    if path.stem in sys.stdlib_module_names or (other and other.origin):
         raise RegistryError(
             f"--module {path} has the name of another module, {path.stem}, which it would hide from all that imports "
             "it. Rename the file."

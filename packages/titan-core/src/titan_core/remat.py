@@ -17,7 +17,7 @@ from titan_core.surgery import specialise
 
 # Operators whose results are costly to compute and cheap to keep. Of collectives those that reduce or exchange belong
 # to them: computing their results again would communicate again. Those that gather do not, nor does the ring of context
-# parallelism: what they give is whole sequences, several times what all the rest of a block keeps.
+# parallelism: they communicate again, since what they give is whole sequences, of which a rank else keeps its part.
 _COSTLY = (
     "aten.mm.default",
     "aten.addmm.default",

@@ -44,12 +44,14 @@ class TensorStyles:
         Raises:
             TensorStyleError: naming what fits no region, no row-cut layer, or no role that can have parameters added.
         """
-        for key, names, style in (("entered", self.entered, "region"), ("left", self.left, "row")):
+        for names, style, said in (
+            (self.entered, "region", "entered names {}, and the model has no region"),
+            (self.left, "row", "left names {}, and the model has no row-cut layer"),
+        ):
             known = {fqn for fqn, role in roles.items() if ROLES[role].tensor == style}
             if strangers := sorted(set(names) - known):
-                wanted = "region" if style == "region" else "row-cut layer"
                 raise TensorStyleError(
-                    f"TensorStyles.{key} names {', '.join(strangers)}, and the model has no {wanted} of that name. "
+                    f"TensorStyles.{said.format(', '.join(strangers))} of that name. "
                     "Give whole names, without patterns."
                 )
         if strangers := sorted(self.added.keys() - {"colwise", "rowwise"}):
